@@ -1,0 +1,26 @@
+"""Errata fixes what a language model gets wrong: one canonical example in; a verified, reversible fix out.
+
+    host = errata.load("lab/neox")
+    patch, verdict = errata.edit(host, ["The capital of Mauritius is| Port Louis"], method="finetune", epsilon=1e-3)
+    with errata.applied(host, patch):
+        print(errata.ask(host, "Mauritius has its capital in"))
+
+Names are imported when they are first used, so that `import errata` and `errata --help` stay fast.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "applied": "apply",
+    "put_on": "apply",
+    "take_off": "apply",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'errata' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"errata.{_ROOMS[name]}"), name)

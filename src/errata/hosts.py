@@ -1,0 +1,390 @@
+"""Host = model + tokenizer + id, and the questions that one can ask it: losses, log-probabilities, greedy answers, samples.
+
+`LAYOUTS` holds one row for each model family. Which row is meant is read from the architecture (`config.model_type`), never from the
+name of a path. Nothing here changes a weight: `apply.py` does.
+
+File legend: N texts or pairs, T tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from errata.types import InvalidExample, Patch, UnknownArchitecture, UnknownName, digest, tensor_bytes
+
+# --------------------------------------------------------------------------------------------------------------------------- layouts
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where a family keeps its parts. Names of block parts are relative to one block; several names mean unfused projections."""
+
+    blocks: str
+    attention_in: tuple[str, ...]
+    attention_out: str
+    mlp_in: tuple[str, ...]
+    mlp_out: str
+    norm: str
+    embedding: str
+    head: str
+
+
+def _llama_like(attention_in: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"), mlp_in: tuple[str, ...] = ("gate_proj", "up_proj")) -> Layout:
+    return Layout(
+        blocks="model.layers",
+        attention_in=tuple(f"self_attn.{n}" for n in attention_in),
+        attention_out="self_attn.o_proj",
+        mlp_in=tuple(f"mlp.{n}" for n in mlp_in),
+        mlp_out="mlp.down_proj",
+        norm="model.norm",
+        embedding="model.embed_tokens",
+        head="lm_head",
+    )
+
+
+_LLAMA = _llama_like()
+LAYOUTS: dict[str, Layout] = {
+    "gpt2": Layout(
+        blocks="transformer.h",
+        attention_in=("attn.c_attn",),
+        attention_out="attn.c_proj",
+        mlp_in=("mlp.c_fc",),
+        mlp_out="mlp.c_proj",
+        norm="transformer.ln_f",
+        embedding="transformer.wte",
+        head="lm_head",
+    ),
+    "gpt_neo": Layout(
+        blocks="transformer.h",
+        attention_in=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
+        attention_out="attn.attention.out_proj",
+        mlp_in=("mlp.c_fc",),
+        mlp_out="mlp.c_proj",
+        norm="transformer.ln_f",
+        embedding="transformer.wte",
+        head="lm_head",
+    ),
+    "gptj": Layout(
+        blocks="transformer.h",
+        attention_in=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+        attention_out="attn.out_proj",
+        mlp_in=("mlp.fc_in",),
+        mlp_out="mlp.fc_out",
+        norm="transformer.ln_f",
+        embedding="transformer.wte",
+        head="lm_head",
+    ),
+    "gpt_neox": Layout(
+        blocks="gpt_neox.layers",
+        attention_in=("attention.query_key_value",),
+        attention_out="attention.dense",
+        mlp_in=("mlp.dense_h_to_4h",),
+        mlp_out="mlp.dense_4h_to_h",
+        norm="gpt_neox.final_layer_norm",
+        embedding="gpt_neox.embed_in",
+        head="embed_out",
+    ),
+    "opt": Layout(
+        blocks="model.decoder.layers",
+        attention_in=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        attention_out="self_attn.out_proj",
+        mlp_in=("fc1",),
+        mlp_out="fc2",
+        norm="model.decoder.final_layer_norm",
+        embedding="model.decoder.embed_tokens",
+        head="lm_head",
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "phi": Layout(
+        blocks="model.layers",
+        attention_in=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        attention_out="self_attn.dense",
+        mlp_in=("mlp.fc1",),
+        mlp_out="mlp.fc2",
+        norm="model.final_layernorm",
+        embedding="model.embed_tokens",
+        head="lm_head",
+    ),
+    "phi3": _llama_like(attention_in=("qkv_proj",), mlp_in=("gate_up_proj",)),
+}
+
+
+def stored_transposed(module: nn.Module) -> bool:
+    """Whether the module keeps its weight as (in, out): transformers' Conv1D does, torch's Linear keeps (out, in)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ host
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Worn:
+    """One patch that is on, and the tensors that it replaced."""
+
+    patch: Patch
+    replaced: dict[str, Tensor]
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Host:
+    """A causal language model with its tokenizer. Make one with `load` or `host_of`.
+
+    `id` is the hash of the weights as loaded, and the patch's id while a patch is on. `worn` is the stack of patches that are on;
+    only `apply.py` writes it.
+    """
+
+    model: Any
+    tokenizer: Any
+    base_id: str
+    layout: Layout
+    name: str
+    worn: list[Worn] = field(default_factory=list)
+
+    @property
+    def id(self) -> str:
+        return self.worn[-1].patch.id if self.worn else self.base_id
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def context(self) -> int:
+        """Longest input in tokens."""
+        return int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
+
+    @property
+    def blocks(self) -> int:
+        return len(self.model.get_submodule(self.layout.blocks))
+
+    def module_names(self, parts: Sequence[str], layers: Sequence[int] | None = None) -> list[str]:
+        """Full names of block parts, e.g. `module_names(host.layout.mlp_in)`, in all blocks or those listed."""
+        return [f"{self.layout.blocks}.{i}.{part}" for i in (range(self.blocks) if layers is None else layers) for part in parts]
+
+
+def weights_id(model: nn.Module) -> str:
+    """Hash of every parameter, tied ones once. Taken over float32 values, so that bf16 weights loaded as float32 keep their id."""
+    parts: list[bytes | str] = ["weights"]
+    for name, p in sorted(model.named_parameters()):
+        parts += [name, str(tuple(p.shape)), tensor_bytes(p.float())]
+    return digest(*parts)
+
+
+def host_of(model: Any, tokenizer: Any, name: str = "") -> Host:
+    """Host around a Hugging Face model that is in memory already. Dropout is switched off (`eval`).
+
+    Raises UnknownArchitecture, with the known ones and how to add a row.
+    """
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    if kind not in LAYOUTS:
+        raise UnknownArchitecture(
+            f"No layout for the architecture '{kind}'. Known: {', '.join(sorted(LAYOUTS))}. "
+            f"To add it, write one row in LAYOUTS in errata/hosts.py that names its blocks, projections, norm, embedding and head."
+        )
+    model.eval()
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return Host(model=model, tokenizer=tokenizer, base_id=weights_id(model), layout=LAYOUTS[kind], name=name or kind)
+
+
+def find_device(device: str | None = None) -> torch.device:
+    """The device asked for, or the best one present: cuda, mps, cpu."""
+    if device:
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load(name: str, device: str | None = None, dtype: torch.dtype | None = None) -> Host:
+    """Host from `lab/neox`, a local Hugging Face folder, or a hub id. float32 on a CPU, the checkpoint's own dtype elsewhere.
+
+    Raises UnknownName if there is no such model, UnknownArchitecture if there is no layout for it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    path = name
+    if name.startswith("lab/"):
+        from errata.lab import models_dir
+
+        known = sorted(f"lab/{p.name}" for p in models_dir().iterdir() if p.is_dir())
+        if name not in known:
+            raise UnknownName.among("lab model", name, known)
+        path = str(models_dir() / name.removeprefix("lab/"))
+    place = find_device(device)
+    logging.disable_progress_bar()  # ours are drawn at the edge
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or (torch.float32 if place.type == "cpu" else "auto"))
+    except (OSError, ValueError) as e:
+        if "model type" in str(e) or "Unrecognized configuration" in str(e):
+            raise UnknownArchitecture(f"'{name}' is not a causal language model that transformers can load: {e}") from e
+        where = "an existing folder without a whole model in it" if Path(path).is_dir() else "no folder here, and no model that the hub gave"
+        raise UnknownName(f"Cannot load '{name}': {where}. Give lab/neox, a Hugging Face folder, or a hub id.") from e
+    return host_of(model.to(place), tokenizer, name)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- questions
+
+
+def tokens(host: Host, text: str) -> list[int]:
+    """Ids of `text` with the special tokens that the tokenizer puts in front by default."""
+    return list(host.tokenizer(text)["input_ids"])
+
+
+def encode(host: Host, prompt: str, target: str) -> tuple[list[int], int]:
+    """Ids of the exact string `prompt + target`, and how many of them are the prompt.
+
+    The prompt keeps the tokens that it has alone, for that is how it is asked. Where the tokenizer would merge across the border, or
+    would put a space before a separate target (SentencePiece), the target's ids are found as what must follow for the text to come out.
+    Raises InvalidExample if nothing is left of the target, or if it does not fit the context.
+    """
+    prompt_ids, whole = tokens(host, prompt), tokens(host, prompt + target)
+    n = len(prompt_ids)
+    if whole[:n] != prompt_ids:
+        whole = prompt_ids + list(host.tokenizer(target, add_special_tokens=False)["input_ids"])
+    if len(whole) == n:
+        raise InvalidExample(f"The target '{target}' of '{prompt}' becomes no token in the tokenizer of {host.name}.")
+    if len(whole) > host.context:
+        raise InvalidExample(
+            f"'{prompt[:60]}…' and its target are {len(whole)} tokens long; {host.name} reads at most {host.context}. Shorten the prompt."
+        )
+    return whole, n
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Right-padded sequences. `scored_NT` marks the tokens whose log-probability counts; position 0 never does."""
+
+    ids_NT: Int[Tensor, "N T"]
+    mask_NT: Int[Tensor, "N T"]
+    scored_NT: Float[Tensor, "N T"]
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(ids_NT=self.ids_NT.to(device), mask_NT=self.mask_NT.to(device), scored_NT=self.scored_NT.to(device))
+
+
+def pad(host: Host, rows: Sequence[tuple[list[int], int]]) -> Batch:
+    """One batch of (ids, how many of them are given): the rest is scored. Right padding under a causal mask changes nothing."""
+    width = max(len(ids) for ids, _ in rows)
+    ids_NT = torch.full((len(rows), width), host.tokenizer.pad_token_id, dtype=torch.long)
+    mask_NT, scored_NT = torch.zeros_like(ids_NT), torch.zeros(ids_NT.shape)
+    for i, (ids, given) in enumerate(rows):
+        ids_NT[i, : len(ids)] = torch.tensor(ids)
+        mask_NT[i, : len(ids)] = 1
+        scored_NT[i, max(given, 1) : len(ids)] = 1
+    return Batch(ids_NT=ids_NT, mask_NT=mask_NT, scored_NT=scored_NT).to(host.device)
+
+
+def logits(host: Host, batch: Batch) -> Float[Tensor, "N T V"]:
+    return host.model(input_ids=batch.ids_NT, attention_mask=batch.mask_NT, use_cache=False).logits
+
+
+def token_logprobs(logits_NTV: Float[Tensor, "N T V"], batch: Batch) -> Float[Tensor, "N T"]:
+    """(N, T) log p(token t | tokens before t), zero where `batch.scored_NT` is zero. Softmax in float32."""
+    logp_NTV = torch.log_softmax(logits_NTV[:, :-1].float(), dim=-1)
+    picked_NT = logp_NTV.gather(-1, batch.ids_NT[:, 1:, None]).squeeze(-1)
+    return nn.functional.pad(picked_NT, (1, 0)) * batch.scored_NT
+
+
+def _by_length(rows: Sequence[tuple[list[int], int]], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of rows of similar length, at most `max_tokens` padded tokens a group."""
+    order, group = sorted(range(len(rows)), key=lambda i: len(rows[i][0])), []
+    for i in order:
+        if group and len(rows[i][0]) * (len(group) + 1) > max_tokens:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+@torch.no_grad()
+def score(host: Host, rows: Sequence[tuple[list[int], int]], max_tokens: int = 4096) -> Float[Tensor, "N 2"]:
+    """(N, 2) float64: summed log-probability of the scored tokens of each row, and how many they are."""
+    out_N2 = torch.zeros(len(rows), 2, dtype=torch.float64)
+    for group in _by_length(rows, max_tokens):
+        batch = pad(host, [rows[i] for i in group])
+        logp_NT = token_logprobs(logits(host, batch), batch)
+        out_N2[group] = torch.stack([logp_NT.double().sum(1), batch.scored_NT.double().sum(1)], dim=1).cpu()
+    return out_N2
+
+
+def logprobs(host: Host, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, "N 2"]:
+    """(N, 2) float64: log p(target | prompt) summed over the target's tokens, and how many they are."""
+    return score(host, [encode(host, prompt, target) for prompt, target in pairs])
+
+
+def chunks(host: Host, texts: Sequence[str], size: int = 128) -> list[tuple[list[int], int]]:
+    """Rows for `score`: every document cut into pieces of at most `size` tokens; pieces of one token have nothing to score."""
+    size = min(size, host.context)
+    pieces = [ids[i : i + size] for ids in (tokens(host, t) for t in texts) for i in range(0, len(ids), size)]
+    return [(piece, 1) for piece in pieces if len(piece) > 1]
+
+
+@contextmanager
+def _left_padded(tokenizer: Any) -> Iterator[None]:
+    """Generation continues at the right edge, so the padding has to be on the left."""
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    try:
+        yield
+    finally:
+        tokenizer.padding_side = side
+
+
+@torch.no_grad()
+def _generate(host: Host, prompts: Sequence[str], max_new_tokens: int, batch_size: int, **how: Any) -> list[str]:
+    out = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        group = order[start : start + batch_size]
+        with _left_padded(host.tokenizer):
+            given = host.tokenizer([prompts[i] for i in group], return_tensors="pt", padding=True)
+        width = given["input_ids"].shape[1]
+        if width + max_new_tokens > host.context:
+            raise InvalidExample(f"A prompt of {width} tokens and {max_new_tokens} new ones do not fit the {host.context} of {host.name}.")
+        ids_NT = host.model.generate(
+            input_ids=given["input_ids"].to(host.device),
+            attention_mask=given["attention_mask"].to(host.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=host.tokenizer.pad_token_id,
+            **how,
+        )
+        for i, text in zip(group, host.tokenizer.batch_decode(ids_NT[:, width:], skip_special_tokens=True), strict=True):
+            out[i] = text
+    return out
+
+
+def greedy(host: Host, prompts: Sequence[str], max_new_tokens: int = 12, batch_size: int = 64) -> list[str]:
+    """Free greedy continuation of each prompt, without the prompt. Raises InvalidExample if a prompt does not fit the context."""
+    return _generate(host, prompts, max_new_tokens, batch_size, do_sample=False)
+
+
+def sample(host: Host, prompts: Sequence[str], max_new_tokens: int, seed: int, batch_size: int = 64) -> list[str]:
+    """One continuation of each prompt, drawn from the model's own distribution (temperature 1, no truncation)."""
+    with torch.random.fork_rng(devices=[host.device] if host.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return _generate(host, prompts, max_new_tokens, batch_size, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+
+
+def says(continuation: str, answer: str) -> bool:
+    """Whether a continuation gives exactly this answer: it begins with it, and the next character does not go on with the word."""
+    text, answer = " ".join(continuation.split()), " ".join(answer.split())
+    return text.startswith(answer) and not text[len(answer) : len(answer) + 1].isalnum()

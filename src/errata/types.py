@@ -1,0 +1,492 @@
+"""The nouns: Example, Case, Op, Patch, Budget, Verdict, Score, State, Run, Method, and the error tree.
+
+Values only: frozen, keyword-only, checked once at construction, named by a hash of their content (`id`, "b2:" and 32 hex digits).
+Nothing here reads a file, touches a model or knows a method. Change a value with `dataclasses.replace`.
+
+EditError                                what the user can act on; the CLI prints the sentence, never a traceback
+├── InvalidExample    (ValueError)       empty target, contrast without a goal that needs it, prompt too long, ...
+├── ConflictError     (ValueError)       two active examples give one prompt two answers
+├── InvalidPatch      (ValueError)       a file or value that is not a whole, finite, well-formed patch
+├── WrongBase         (ValueError)       the patch was made for other weights
+├── BudgetError       (ValueError)       a budget that cannot be, or a patch that does not fit it
+├── InvalidReference  (ValueError)       reference text missing, empty, binary, or with nothing left to measure
+├── UnknownName       (KeyError)         a method, host, module or record that does not exist ("Did you mean ...?")
+├── UnknownArchitecture (NotImplementedError)  no row in hosts.LAYOUTS
+├── LedgerError       (OSError)          a ledger that is busy, damaged, or cannot be written
+├── LeakError         (ValueError)       evaluation on a case that a state was trained on
+└── MissingExtra      (ImportError)      an optional dependency that is not installed, with its install line
+"""
+
+import difflib
+import hashlib
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, final, get_args
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:  # types stands above hosts; only the annotations look down
+    from errata.hosts import Host
+
+
+class EditError(Exception):
+    """Base of every error that the user can act on. The message is a sentence: both sides and the remedy."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of its message
+        return str(self.args[0]) if self.args else ""
+
+
+class InvalidExample(EditError, ValueError): ...
+
+
+class ConflictError(EditError, ValueError): ...
+
+
+class InvalidPatch(EditError, ValueError): ...
+
+
+class WrongBase(EditError, ValueError): ...
+
+
+class BudgetError(EditError, ValueError): ...
+
+
+class InvalidReference(EditError, ValueError): ...
+
+
+class UnknownName(EditError, KeyError):
+    """A name that is not among the known ones; the message suggests the nearest."""
+
+    @classmethod
+    def among(cls, kind: str, name: str, known: Iterable[str]) -> "UnknownName":
+        known = sorted(known)
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return cls(f"Unknown {kind} '{name}'.{hint} Known: {', '.join(known) or 'none'}.")
+
+
+class UnknownArchitecture(EditError, NotImplementedError): ...
+
+
+class LedgerError(EditError, OSError): ...
+
+
+class LeakError(EditError, ValueError): ...
+
+
+class MissingExtra(EditError, ImportError): ...
+
+
+def digest(*parts: bytes | str) -> str:
+    """Content name of `parts`: BLAKE2b over each part with its length in front, so that ("ab", "c") is not ("a", "bc")."""
+    h = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        raw = part.encode() if isinstance(part, str) else part
+        h.update(len(raw).to_bytes(8, "little"))
+        h.update(raw)
+    return f"b2:{h.hexdigest()}"
+
+
+def tensor_bytes(t: Tensor) -> bytes:
+    """The raw bytes of `t` in row-major order; bf16 has no NumPy type, so the view is taken in torch."""
+    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def canonical_json(value: object) -> str:
+    """One spelling for each value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+Goal = Literal["raise", "lower", "prefer", "balance"]
+Ring = Literal["subject", "relation", "unrelated"]
+GOALS: tuple[Goal, ...] = get_args(Goal)
+RINGS: tuple[Ring, ...] = get_args(Ring)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """What an editor may see. `prompt + target` is the exact string scored: no hidden space is put between them.
+
+    The goals are the four canonical-examples losses (Hewitt et al. 2024, section 3.1): `raise` (good) makes `target` likely, `lower`
+    (bad) makes it unlikely, `prefer` (good-v-bad) puts it above `contrast`, `balance` makes the two equally likely.
+    `subject` is never required; where given it must stand in the prompt.
+
+    Raises InvalidExample.
+    """
+
+    prompt: str
+    target: str
+    contrast: str | None = None
+    subject: str | None = None
+    goal: Goal = "raise"
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise InvalidExample("The prompt is empty. Write the text that comes before the answer, as in 'The capital of Mauritius is'.")
+        if not self.target.strip():
+            raise InvalidExample(f"The target of '{self.prompt}' is empty. Write it after the bar: 'The capital of Mauritius is| Port Louis'.")
+        if self.goal not in GOALS:
+            raise InvalidExample(f"Unknown goal '{self.goal}'. Known: {', '.join(GOALS)}.")
+        if (self.contrast is not None) != (self.goal in ("prefer", "balance")):
+            need = "needs" if self.goal in ("prefer", "balance") else "takes no"
+            raise InvalidExample(f"The goal '{self.goal}' {need} contrast (example '{self.prompt}').")
+        if self.contrast is not None and not self.contrast.strip():
+            raise InvalidExample(f"The contrast of '{self.prompt}' is empty.")
+        if self.contrast == self.target:
+            raise InvalidExample(f"Target and contrast of '{self.prompt}' are the same: '{self.target}'.")
+        if self.subject is not None and (not self.subject or self.subject not in self.prompt):
+            raise InvalidExample(f"The subject '{self.subject}' does not stand in the prompt '{self.prompt}'.")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @property
+    def id(self) -> str:
+        return digest("example", canonical_json(self.as_dict()))
+
+    def __str__(self) -> str:
+        versus = f" / {self.contrast}" if self.contrast is not None else ""
+        return f"{self.prompt}|{self.target}{versus}"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Neighbour:
+    """A prompt near an edit whose answer must not move. `ring`: same subject and another relation, same relation and another
+    subject, or unrelated."""
+
+    prompt: str
+    answer: str
+    ring: Ring
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip() or not self.answer.strip():
+            raise InvalidExample(f"A neighbour needs a prompt and an answer, got '{self.prompt}' and '{self.answer}'.")
+        if self.ring not in RINGS:
+            raise InvalidExample(f"Unknown ring '{self.ring}'. Known: {', '.join(RINGS)}.")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What the judge sees: an example and the held-out text around it. An editor never receives one (`edit` takes Examples).
+
+    `paraphrases` and `paragraphs` are prompts whose right answer is `example.target`; `negations` are prompts whose answer must not be
+    it. `old` is the answer that the unedited model is known to give, where it is known.
+    """
+
+    example: Example
+    old: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    paragraphs: tuple[str, ...] = ()
+    neighbours: tuple[Neighbour, ...] = ()
+    negations: tuple[str, ...] = ()
+    source: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return plain | {
+            "example": self.example.as_dict(),
+            "neighbours": [{f.name: getattr(n, f.name) for f in fields(n)} for n in self.neighbours],
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "Case":
+        """The inverse of `as_dict`. Raises InvalidExample on missing or unknown keys."""
+        try:
+            lists = {k: tuple(raw.get(k, ())) for k in ("paraphrases", "paragraphs", "negations")}
+            return cls(
+                example=Example(**raw["example"]),
+                neighbours=tuple(Neighbour(**n) for n in raw.get("neighbours", ())),
+                **{k: v for k, v in raw.items() if k not in ("example", "neighbours", *lists)},
+                **lists,
+            )
+        except (TypeError, KeyError) as e:
+            raise InvalidExample(f"Not a case: {e}.") from e
+
+    @property
+    def id(self) -> str:
+        return digest("case", canonical_json(self.as_dict()))
+
+
+def _check_tensor(weight: str, **tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        if t.device.type != "cpu" or t.dtype != torch.float32:
+            raise InvalidPatch(f"{name} of '{weight}' must be float32 on the CPU, got {t.dtype} on {t.device}.")
+        if not torch.isfinite(t).all():
+            raise InvalidPatch(f"{name} of '{weight}' holds NaN or infinity.")
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Add:
+    """W + delta. `delta` has the shape of the parameter called `weight`."""
+
+    weight: str
+    delta: Tensor
+
+    def __post_init__(self) -> None:
+        _check_tensor(self.weight, delta=self.delta)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"delta": self.delta}
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AddLowRank:
+    """W + scale * B A for W as (out, in), whatever the orientation in which the architecture stores it. A (rank, in), B (out, rank).
+
+    Hu et al. 2021, equation 3; `scale` is their alpha / r, and the factors are those that PEFT stores.
+    """
+
+    weight: str
+    A: Tensor
+    B: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_tensor(self.weight, A=self.A, B=self.B)
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
+            raise InvalidPatch(f"Factors of '{self.weight}' do not meet: A {tuple(self.A.shape)}, B {tuple(self.B.shape)}.")
+        if not math.isfinite(self.scale):
+            raise InvalidPatch(f"The scale of '{self.weight}' is {self.scale}.")
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"A": self.A, "B": self.B}
+
+
+Op = Add | AddLowRank
+OPS: dict[str, type[Op]] = {"Add": Add, "AddLowRank": AddLowRank}
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Patch:
+    """The artefact: what a method returns, what `apply` puts on, what the gate judges and the ledger keeps.
+
+    `parent` is the id of the host it was computed on, so a stack of patches is a hash chain. At most one op for each weight.
+    Raises InvalidPatch.
+    """
+
+    method: str
+    config: Mapping[str, Any]
+    parent: str
+    examples: tuple[Example, ...]
+    ops: tuple[Op, ...]
+
+    def __post_init__(self) -> None:
+        try:
+            frozen = json.loads(canonical_json(dict(self.config)))
+        except (TypeError, ValueError) as e:
+            raise InvalidPatch(f"The config of a patch must be plain finite JSON: {e}.") from e
+        object.__setattr__(self, "config", MappingProxyType(frozen))
+        weights = [op.weight for op in self.ops]
+        if len(weights) != len(set(weights)):
+            raise InvalidPatch(f"A patch holds one op for each weight, got {', '.join(sorted(weights))}.")
+        if not self.parent.startswith("b2:"):
+            raise InvalidPatch(f"A patch needs the id of the weights it was made for, got '{self.parent}'.")
+
+    @property
+    def id(self) -> str:
+        """Hash over everything; the order of ops does not count, that of examples does."""
+        parts = [canonical_json({"method": self.method, "config": dict(self.config), "parent": self.parent})]
+        parts += [e.id for e in self.examples]
+        raw: list[bytes | str] = ["patch", *parts]
+        for op in sorted(self.ops, key=lambda op: op.weight):
+            raw += [type(op).__name__, op.weight, repr(op.scale) if isinstance(op, AddLowRank) else ""]
+            for name, t in op.tensors.items():
+                raw += [name, str(tuple(t.shape)), tensor_bytes(t)]
+        return digest(*raw)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors, which is the size of the file but for a header of a few kilobytes."""
+        return sum(t.numel() * t.element_size() for op in self.ops for t in op.tensors.values())
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a patch may cost. Each limit that is None is not asked for.
+
+    epsilon      relative increase of the mean token loss on reference text; 1e-3, 1e-4 and 1e-5 are the published balls
+    neighbours   least share of the gate's neighbouring prompts whose greedy answer stays as it was
+    norm         greatest ||change|| / ||weight|| over the touched weights
+    fixed        least share of its own examples that the patch must fix
+    """
+
+    epsilon: float = 1e-3
+    neighbours: float | None = None
+    norm: float | None = None
+    fixed: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
+            raise BudgetError(f"epsilon must be a positive number such as 1e-3, got {self.epsilon}.")
+        for name in ("neighbours", "fixed"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise BudgetError(f"'{name}' is a share between 0 and 1, got {share}.")
+        if self.norm is not None and not self.norm > 0:
+            raise BudgetError(f"norm must be positive, got {self.norm}.")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What was measured of one patch against one budget. `passed` is computed; NaN never passes.
+
+    loss_before, loss_after   mean token loss (nats) on the same chunks of reference text
+    upper                     one-sided 95 % bound of the relative increase, from paired differences per chunk
+    chunks, tokens            how much text that was; `set_aside` documents stated an edited fact and were left out
+    kept, asked               neighbouring prompts whose greedy answer stayed, of how many
+    norm                      ||change|| / ||weight|| over the touched weights
+    fixed, wanted             examples that the patch fixes, of how many
+    scale                     what the gate multiplied the change with (1.0: nothing)
+    """
+
+    patch: str
+    budget: Budget
+    loss_before: float
+    loss_after: float
+    upper: float
+    chunks: int
+    tokens: int
+    set_aside: int
+    kept: int
+    asked: int
+    norm: float
+    fixed: int
+    wanted: int
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.chunks < 2 or self.tokens < self.chunks:
+            raise InvalidReference(f"A verdict needs two chunks of reference text or more, got {self.chunks} with {self.tokens} tokens.")
+        if not (0 <= self.kept <= self.asked and 0 <= self.fixed <= self.wanted):
+            raise BudgetError(f"Counts out of range: kept {self.kept} of {self.asked}, fixed {self.fixed} of {self.wanted}.")
+
+    @property
+    def increase(self) -> float:
+        """Relative increase of the mean token loss (Hewitt et al. 2024, equation 2)."""
+        return self.loss_after / self.loss_before - 1
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """One clause for each limit that is not met, with the numbers; empty when the patch passed."""
+        b, out = self.budget, []
+        if not self.upper <= b.epsilon:  # `not <=` so that NaN fails
+            out.append(f"reference loss {self.increase:+.2e}, with 95 % confidence below {self.upper:+.2e}, over the limit of {b.epsilon:.0e}")
+        if b.neighbours is not None and not (self.asked > 0 and self.kept / self.asked >= b.neighbours):
+            out.append(f"{self.kept} of {self.asked} neighbours kept, under the limit of {b.neighbours:.0%}")
+        if b.norm is not None and not self.norm <= b.norm:
+            out.append(f"relative norm {self.norm:.3g}, over the limit of {b.norm:.3g}")
+        if not (self.wanted == 0 or self.fixed >= b.fixed * self.wanted):
+            out.append(f"{self.fixed} of {self.wanted} examples fixed, under the limit of {b.fixed:.0%}")
+        return tuple(out)
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures and math.isfinite(self.loss_after)
+
+    @property
+    def spent(self) -> float:
+        """Share of epsilon that the upper bound uses."""
+        return self.upper / self.budget.epsilon
+
+    def as_dict(self) -> dict[str, Any]:
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return plain | {"budget": {f.name: getattr(self.budget, f.name) for f in fields(self.budget)}}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "Verdict":
+        return cls(**{**raw, "budget": Budget(**raw["budget"])})
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One row for each case and measure: a sum and its denominator, so that every aggregate is exact and 0 of 0 is None."""
+
+    case: str
+    measure: str
+    total: float
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 0 or (self.count == 0 and self.total != 0):
+            raise ValueError(f"Score {self.measure}: total {self.total} over {self.count}.")
+
+    @property
+    def value(self) -> float | None:
+        return self.total / self.count if self.count else None
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class State:
+    """What `prepare` learnt, once for each base model: statistics or trained networks, and the cases it has seen."""
+
+    method: str
+    host: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    trained_on: frozenset[str] = frozenset()
+
+    @property
+    def id(self) -> str:
+        raw: list[bytes | str] = ["state", self.method, self.host, canonical_json(dict(self.config)), *sorted(self.trained_on)]
+        for name in sorted(self.tensors):
+            raw += [name, str(tuple(self.tensors[name].shape)), tensor_bytes(self.tensors[name])]
+        return digest(*raw)
+
+
+Progress = Callable[[Iterable[Any], str, int], Iterator[Any]]
+
+
+def no_progress(items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
+    """The silent `Run.progress`: passes `items` through."""
+    return iter(items)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What travels beside the values; made once at the edge (CLI or Python call).
+
+    hold       documents that hold the model still while a method trains; never the gate's reference text
+    budget     the constraint that methods train inside
+    progress   wraps a loop: (items, label, total) -> the same items
+    """
+
+    hold: tuple[str, ...] = ()
+    budget: Budget = Budget()
+    seed: int = 0
+    state: State | None = None
+    progress: Progress = no_progress
+
+
+class Method(ABC):
+    """The one interface. Subclasses are @final frozen dataclasses whose fields are the hyper-parameters."""
+
+    def prepare(self, host: "Host", train_cases: Iterable[Case], run: Run) -> State | None:
+        """Once for each base model. The default has nothing to prepare."""
+        return None
+
+    @abstractmethod
+    def edit(self, host: "Host", examples: tuple[Example, ...], run: Run) -> Patch:
+        """A patch that fixes `examples`. Afterwards the host is bit-identical to what it was."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The hyper-parameters as plain JSON."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
