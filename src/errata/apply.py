@@ -15,14 +15,19 @@ from errata.hosts import Host, Worn, stored_transposed
 from errata.types import Add, AddLowRank, InvalidPatch, Op, Patch, WrongBase
 
 
+@torch.no_grad()
 def put_on(host: Host, patch: Patch) -> None:
     """Put `patch` on top of what the host wears; `host.id` becomes `patch.id`. All of it or, on an error, nothing.
 
     Raises WrongBase if the patch was made for other weights, InvalidPatch if an op does not meet a parameter of its shape.
     """
     check(host, patch)
-    below = [worn.patch for worn in host.worn]
-    fresh = {op.weight: _edited(host, op.weight, [*below, patch]) for op in patch.ops}
+    own = _own_names(host)
+    below: dict[str, list[Op]] = {}
+    for worn in host.worn:
+        for op in worn.patch.ops:
+            below.setdefault(own[op.weight], []).append(op)
+    fresh = {own[op.weight]: _edited(host, own[op.weight], [*below.get(own[op.weight], ()), op]) for op in patch.ops}
     replaced = {}
     for weight, tensor in fresh.items():
         parameter = host.model.get_parameter(weight)
@@ -61,17 +66,31 @@ def check(host: Host, patch: Patch) -> None:
             f"Patch {patch.id} was made for weights {patch.parent}; {host.name}{on} has {host.id}. "
             f"Load the model that it was made for, or build it again from its examples."
         )
+    own, met = _own_names(host), dict[str, str]()
     for op in patch.ops:
-        try:
-            parameter = host.model.get_parameter(op.weight)
-        except AttributeError as e:
-            raise InvalidPatch(f"Patch {patch.id} changes '{op.weight}', which {host.name} does not have.") from e
+        if op.weight not in own:
+            raise InvalidPatch(f"Patch {patch.id} changes '{op.weight}', which {host.name} does not have.")
+        if (other := met.setdefault(own[op.weight], op.weight)) != op.weight:
+            raise InvalidPatch(f"Patch {patch.id} changes '{other}' and '{op.weight}', which are one tied tensor in {host.name}.")
+        parameter = host.model.get_parameter(op.weight)
         if (shape := _shape(host, op)) != tuple(parameter.shape):
             raise InvalidPatch(f"Patch {patch.id} changes '{op.weight}' as {shape}, in {host.name} it is {tuple(parameter.shape)}.")
 
 
+def _own_names(host: Host) -> dict[str, str]:
+    """Every name of every parameter -> the name under which its tensor is kept; a tied one has several, and an op may use any."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(p), name) for name, p in host.model.named_parameters(remove_duplicate=False)}
+
+
+def _base(host: Host, own_name: str) -> Tensor:
+    """The tensor that stands in this place while the host wears nothing."""
+    return next((w.replaced[own_name] for w in host.worn if own_name in w.replaced), host.model.get_parameter(own_name).data)
+
+
 def _module(host: Host, weight: str) -> nn.Module:
-    return host.model.get_submodule(weight.rpartition(".")[0])
+    found: nn.Module = host.model.get_submodule(weight.rpartition(".")[0])
+    return found
 
 
 def _shape(host: Host, op: Op) -> tuple[int, ...]:
@@ -84,11 +103,10 @@ def _shape(host: Host, op: Op) -> tuple[int, ...]:
             return out_in[::-1] if stored_transposed(_module(host, op.weight)) else out_in
 
 
-def _edited(host: Host, weight: str, patches: list[Patch]) -> Tensor:
-    """A new tensor: the base's `weight` under the ops of `patches`, in order, in float32 until the one cast at the end."""
-    base = next((w.replaced[weight] for w in host.worn if weight in w.replaced), host.model.get_parameter(weight).data)
-    value = base
-    for op in (op for patch in patches for op in patch.ops if op.weight == weight):
+def _edited(host: Host, own_name: str, ops: list[Op]) -> Tensor:
+    """A new tensor: the base's under `ops`, in order, in float32 until the one cast at the end."""
+    value = base = _base(host, own_name)
+    for op in ops:
         value = _plus(host, value.float(), op)
     return value.to(base.dtype)
 
@@ -130,8 +148,6 @@ def scaled(patch: Patch, scale: float) -> Patch:
 def relative_norm(host: Host, patch: Patch) -> float:
     """||change|| / ||weight|| (Frobenius) over all touched weights together. The patch may be on or off; the base counts."""
     moved = sum(float(change(host, op).double().square().sum()) for op in patch.ops)
-    held = 0.0
-    for op in patch.ops:
-        base = next((w.replaced[op.weight] for w in host.worn if op.weight in w.replaced), host.model.get_parameter(op.weight).data)
-        held += float(base.double().square().sum())
+    own = _own_names(host)
+    held = sum(float(_base(host, own[op.weight]).double().square().sum()) for op in patch.ops)
     return (moved / held) ** 0.5 if held else 0.0

@@ -7,35 +7,58 @@ patch or keeps one: see `apply.py` and `ledger.py`.
 
 import json
 import os
+import secrets
+import stat
 import struct
-import tempfile
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as bytes_from_tensors
 
-from errata.types import OPS, AddLowRank, EditError, Example, InvalidPatch, LedgerError, Patch, canonical_json
+from errata.types import OPS, AddLowRank, EditError, Example, InvalidPatch, LedgerError, Op, Patch, canonical_json
 
 FORMAT = "errata-patch-1"
-MAX_HEADER = 16 << 20  # bytes; the manifest of a hundred thousand examples is smaller
+MAX_HEADER = 100_000_000  # bytes, which is safetensors' own limit: some hundred thousand examples
 MAX_BYTES = 64 << 30
 
 
-def to_bytes(patch: Patch) -> bytes:
-    """The file's content; the same patch always gives the same bytes."""
-    ops = sorted(patch.ops, key=lambda op: op.weight)
+def _in_order(patch: Patch) -> list[Op]:
+    return sorted(patch.ops, key=lambda op: op.weight)
+
+
+def _manifest(patch: Patch, id: str) -> str:
+    ops = [
+        {"kind": type(op).__name__, "weight": op.weight} | ({"scale": op.scale} if isinstance(op, AddLowRank) else {})
+        for op in _in_order(patch)
+    ]
     manifest = {
         "format": FORMAT,
-        "id": patch.id,
+        "id": id,
         "method": patch.method,
         "config": dict(patch.config),
         "parent": patch.parent,
         "examples": [e.as_dict() for e in patch.examples],
-        "ops": [{"kind": type(op).__name__, "weight": op.weight} | ({"scale": op.scale} if isinstance(op, AddLowRank) else {}) for op in ops],
+        "ops": ops,
     }
-    tensors = {f"{i}.{name}": t.contiguous() for i, op in enumerate(ops) for name, t in op.tensors.items()}
-    return bytes_from_tensors(tensors, metadata={"errata": canonical_json(manifest)})
+    return canonical_json(manifest)
+
+
+def to_bytes(patch: Patch) -> bytes:
+    """The file's content; the same patch always gives the same bytes. Raises InvalidPatch if no reader would take them."""
+    # cloned: safetensors takes no two views of one storage, and two ops may share a factor
+    tensors = {
+        f"{i}.{name}": t.detach().clone(memory_format=torch.contiguous_format)
+        for i, op in enumerate(_in_order(patch))
+        for name, t in op.tensors.items()
+    }
+    manifest = _manifest(patch, patch.id)
+    if 2 * len(manifest.encode()) > MAX_HEADER:  # twice, for the header quotes it once more
+        raise InvalidPatch(f"The examples and settings of a patch by {patch.method} are too long for one file. Divide it into several patches.")
+    raw: bytes = bytes_from_tensors(tensors, metadata={"errata": manifest})
+    return raw
 
 
 def from_bytes(raw: bytes, name: str = "the file") -> Patch:
@@ -43,17 +66,14 @@ def from_bytes(raw: bytes, name: str = "the file") -> Patch:
 
     Raises InvalidPatch.
     """
-    if raw[:2] == b"PK" or raw[:1] == b"\x80":
-        raise InvalidPatch(f"{name} is a pickle. Errata reads only safetensors files, which cannot run code.")
-    header = _header(raw, name)
+    metadata = _header(raw, name).get("__metadata__", {})
     try:
-        manifest = json.loads(header["__metadata__"]["errata"])
-        if manifest["format"] != FORMAT:
-            raise InvalidPatch(f"{name} has format '{manifest['format']}', this version reads '{FORMAT}'.")
-    except (KeyError, TypeError, ValueError) as e:
-        if isinstance(e, EditError):
-            raise
+        manifest = json.loads(metadata["errata"])
+        stated = manifest["format"]
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise InvalidPatch(f"{name} is a safetensors file, but not a patch of errata.") from e
+    if stated != FORMAT:
+        raise InvalidPatch(f"{name} has format '{stated}', this version reads '{FORMAT}'.")
     try:
         tensors = tensors_from_bytes(raw)
         ops = []
@@ -62,8 +82,6 @@ def from_bytes(raw: bytes, name: str = "the file") -> Patch:
             own = {key.split(".", 1)[1]: tensors.pop(key) for key in sorted(tensors) if key.split(".", 1)[0] == str(i)}
             extra = {"scale": row["scale"]} if kind is AddLowRank else {}
             ops.append(kind(weight=row["weight"], **own, **extra))
-        if tensors:
-            raise InvalidPatch(f"{name} holds tensors that no op names: {', '.join(sorted(tensors))}.")
         patch = Patch(
             method=manifest["method"],
             config=manifest["config"],
@@ -71,25 +89,37 @@ def from_bytes(raw: bytes, name: str = "the file") -> Patch:
             examples=tuple(Example(**e) for e in manifest["examples"]),
             ops=tuple(ops),
         )
-    except (SafetensorError, KeyError, TypeError, AttributeError, IndexError) as e:
-        raise InvalidPatch(f"{name} is damaged: {e}.") from e
-    if patch.id != manifest.get("id"):
-        raise InvalidPatch(f"{name} was altered: it states the id {manifest.get('id')}, its content has {patch.id}.")
+        stated, id = manifest["id"], patch.id
+    except EditError as e:
+        raise InvalidPatch(f"{name} is damaged: {e}") from e
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as e:
+        raise InvalidPatch(f"{name} is damaged: {e!r}.") from e
+    if tensors:
+        raise InvalidPatch(f"{name} holds tensors that no op names: {', '.join(sorted(tensors))}.")
+    if id != stated:
+        raise InvalidPatch(f"{name} was altered: it states the id {stated}, its content has {id}.")
+    if metadata != {"errata": _manifest(patch, id)}:
+        raise InvalidPatch(f"{name} was altered: its manifest says more than errata wrote, or says it otherwise.")
     return patch
 
 
-def _header(raw: bytes, name: str) -> dict[str, dict[str, str]]:
+def _header(raw: bytes, name: str) -> dict[str, Any]:
     """The safetensors header, refused before anything of the stated size is allocated."""
+    # the length comes first, and its low byte may well be 0x80: only what does not go on with "{" is taken for a pickle
+    if raw[8:9] != b"{" and (raw[:4] == b"PK\3\4" or raw[:1] == b"\x80"):
+        raise InvalidPatch(f"{name} is a pickle. Errata reads only safetensors files, which cannot run code.")
     if len(raw) < 8:
         raise InvalidPatch(f"{name} is cut short: {len(raw)} bytes, a safetensors file has 8 or more.")
     (length,) = struct.unpack("<Q", raw[:8])
     if length > MAX_HEADER:
-        raise InvalidPatch(f"{name} states a header of {length} bytes, over the limit of {MAX_HEADER}: it is damaged, or not a safetensors file.")
+        raise InvalidPatch(
+            f"{name} states a header of {length} bytes, the limit is {MAX_HEADER}: it is damaged, or not a safetensors file."
+        )
     if 8 + length > len(raw):
         raise InvalidPatch(f"{name} is cut short: its header should have {length} bytes, {len(raw) - 8} are there.")
     try:
         header = json.loads(raw[8 : 8 + length])
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise InvalidPatch(f"{name} is damaged: its header is not JSON.") from e
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
         raise InvalidPatch(f"{name} is damaged: its header is not a table.")
@@ -107,32 +137,40 @@ def load_patch(path: str | Path) -> Patch:
     """Read and check a patch. Raises InvalidPatch, also for a file that is not there."""
     path = Path(path)
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise InvalidPatch(f"{path} has {size} bytes, over the limit of {MAX_BYTES}.")
-        return from_bytes(path.read_bytes(), str(path))
-    except OSError as e:
-        raise InvalidPatch(f"Cannot read the patch {path}: {e.strerror}.") from e
+        found = path.stat()
+        is_file = stat.S_ISREG(found.st_mode)  # a pipe would never end
+        raw = path.read_bytes() if is_file and found.st_size <= MAX_BYTES else None
+    except (OSError, ValueError) as e:  # ValueError: a name that no file can have
+        raise InvalidPatch(f"Cannot read the patch {path}: {getattr(e, 'strerror', None) or e}.") from e
+    if raw is None:
+        why = f"it has {found.st_size} bytes, over the limit of {MAX_BYTES}" if is_file else "it is not a file"
+        raise InvalidPatch(f"Cannot read the patch {path}: {why}.")
+    return from_bytes(raw, str(path))
 
 
 def write_whole(path: Path, raw: bytes) -> None:
-    """Temporary file in the same folder, fsync, rename, fsync of the folder: readers see the old file or the new, never half of one."""
+    """Temporary file in the same folder, fsync, rename, fsync of the folder: readers see the old file or the new, never half of one.
+
+    A link is replaced, not followed: what it points to may be somebody's record. Raises LedgerError if the disk refuses.
+    """
+    outcome = "Nothing was changed"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+        temporary = path.parent / f".tmp-{secrets.token_hex(8)}"  # not tempfile's: its files cannot be read by anybody else
         try:
-            with os.fdopen(fd, "wb") as f:
+            with open(temporary, "xb") as f:
                 f.write(raw)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
+        outcome = "The file was replaced, but the disk did not confirm it"
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as e:
-        raise LedgerError(f"Cannot write {path}: {e.strerror}. Nothing was changed.") from e
+    except (OSError, ValueError) as e:  # ValueError: a name that no file can have
+        raise LedgerError(f"Cannot write {path}: {getattr(e, 'strerror', None) or e}. {outcome}.") from e

@@ -25,6 +25,11 @@ def _first(value: Tensor | tuple[Tensor, ...]) -> Tensor:
     return value if isinstance(value, Tensor) else value[0]
 
 
+def _first_input(given: tuple[object, ...], named: dict[str, object]) -> Tensor:
+    """Attention is called with `hidden_states=` in some architectures and by position in others."""
+    return next(value for value in (*given, *named.values()) if isinstance(value, Tensor))
+
+
 @contextmanager
 def _held(handles: list[RemovableHandle]) -> Iterator[None]:
     try:
@@ -43,12 +48,13 @@ def reading(model: nn.Module, names: Sequence[str], inputs: bool = False) -> Ite
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[name] = given[0] if inputs else _first(output)
+        def hook(_module: nn.Module, given: tuple[object, ...], named: dict[str, object], output: Tensor) -> None:
+            seen[name] = _first_input(given, named) if inputs else _first(output)
 
         return hook
 
-    with _held([module(model, name).register_forward_hook(keep(name)) for name in names]):
+    modules = {name: module(model, name) for name in names}  # all found before the first hook is set
+    with _held([m.register_forward_hook(keep(name), with_kwargs=True) for name, m in modules.items()]):
         yield seen
 
 
@@ -63,5 +69,6 @@ def shifting(model: nn.Module, shifts: dict[str, Callable[[Tensor], Tensor]]) ->
 
         return hook
 
-    with _held([module(model, name).register_forward_hook(turn(shift)) for name, shift in shifts.items()]):
+    modules = {name: module(model, name) for name in shifts}  # all found before the first hook is set
+    with _held([m.register_forward_hook(turn(shifts[name])) for name, m in modules.items()]):
         yield

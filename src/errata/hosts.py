@@ -6,6 +6,7 @@ name of a path. Nothing here changes a weight: `apply.py` does.
 File legend: N texts or pairs, T tokens, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from errata.types import InvalidExample, Patch, UnknownArchitecture, UnknownName, digest, tensor_bytes
+from errata.types import Example, InvalidExample, Patch, UnknownArchitecture, UnknownName, digest, tensor_bytes
 
 # --------------------------------------------------------------------------------------------------------------------------- layouts
 
@@ -36,7 +37,9 @@ class Layout:
     head: str
 
 
-def _llama_like(attention_in: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"), mlp_in: tuple[str, ...] = ("gate_proj", "up_proj")) -> Layout:
+def _llama_like(
+    attention_in: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"), mlp_in: tuple[str, ...] = ("gate_proj", "up_proj")
+) -> Layout:
     return Layout(
         blocks="model.layers",
         attention_in=tuple(f"self_attn.{n}" for n in attention_in),
@@ -129,6 +132,8 @@ def stored_transposed(module: nn.Module) -> bool:
 
 # ------------------------------------------------------------------------------------------------------------------------------ host
 
+LAB_MODELS = Path(__file__).parent / "lab" / "models"
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +166,8 @@ class Host:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def context(self) -> int:
@@ -203,12 +209,13 @@ def host_of(model: Any, tokenizer: Any, name: str = "") -> Host:
 
 
 def find_device(device: str | None = None) -> torch.device:
-    """The device asked for, or the best one present: cuda, mps, cpu."""
-    if device:
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """The device asked for, or the best one present: cuda, mps, cpu. Raises UnknownName if this machine does not have it."""
+    present = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if not device:
+        return torch.device(present[0])
+    if device.partition(":")[0] not in present:
+        raise UnknownName.among("device", device, present)
+    return torch.device(device)
 
 
 def load(name: str, device: str | None = None, dtype: torch.dtype | None = None) -> Host:
@@ -216,27 +223,32 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
 
     Raises UnknownName if there is no such model, UnknownArchitecture if there is no layout for it.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     path = name
     if name.startswith("lab/"):
-        from errata.lab import models_dir
-
-        known = sorted(f"lab/{p.name}" for p in models_dir().iterdir() if p.is_dir())
+        known = sorted(f"lab/{p.name}" for p in LAB_MODELS.glob("*/") if p.is_dir())
         if name not in known:
             raise UnknownName.among("lab model", name, known)
-        path = str(models_dir() / name.removeprefix("lab/"))
+        path = str(LAB_MODELS / name.removeprefix("lab/"))
     place = find_device(device)
     logging.disable_progress_bar()  # ours are drawn at the edge
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or (torch.float32 if place.type == "cpu" else "auto"))
-    except (OSError, ValueError) as e:
+        model, read = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or (torch.float32 if place.type == "cpu" else "auto"), output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:  # RuntimeError: shapes that the config does not give
         if "model type" in str(e) or "Unrecognized configuration" in str(e):
             raise UnknownArchitecture(f"'{name}' is not a causal language model that transformers can load: {e}") from e
-        where = "an existing folder without a whole model in it" if Path(path).is_dir() else "no folder here, and no model that the hub gave"
+        where = (
+            "an existing folder without a whole model in it" if Path(path).is_dir() else "no folder here, and no model that the hub gave"
+        )
         raise UnknownName(f"Cannot load '{name}': {where}. Give lab/neox, a Hugging Face folder, or a hub id.") from e
+    if missing := sorted(read["missing_keys"]):  # transformers would go on with random ones
+        raise UnknownName(f"Cannot load '{name}': {len(missing)} of its weights are not in the files, among them {missing[0]}.")
     return host_of(model.to(place), tokenizer, name)
 
 
@@ -244,8 +256,35 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
 
 
 def tokens(host: Host, text: str) -> list[int]:
-    """Ids of `text` with the special tokens that the tokenizer puts in front by default."""
-    return list(host.tokenizer(text)["input_ids"])
+    """Ids of `text` with the special tokens that the tokenizer puts in front by default. Those it puts behind (</s>) would end the
+    text before its continuation, so they are left out."""
+    given = host.tokenizer(text, return_special_tokens_mask=True)
+    ids, added = list(given["input_ids"]), list(given["special_tokens_mask"])
+    end = max((i + 1 for i, special in enumerate(added) if not special), default=min(1, len(ids)))
+    return ids[:end]
+
+
+def _following(host: Host, prompt_ids: list[int], target: str, whole: list[int]) -> list[int]:
+    """Ids that, put behind `prompt_ids`, give the text of `whole`, where the tokenizer itself would merge across the border.
+
+    SentencePiece puts a space before a text of its own, so the target is also read behind an anchor that it does not merge with.
+    """
+
+    def bare(text: str) -> list[int]:
+        return list(host.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def text_of(ids: list[int]) -> str:
+        return str(host.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    wanted = text_of(whole)
+    for anchor in ("", "\n", ".", "a", "|"):
+        ids, n = bare(anchor + target), len(bare(anchor))
+        if ids[:n] == bare(anchor) and text_of(prompt_ids + ids[n:]) == wanted:
+            return ids[n:]
+    raise InvalidExample(
+        f"The tokenizer of {host.name} cannot cut '{text_of(whole)}' before '{target}'. Let the prompt end where a word ends, and the "
+        f"target begin with the space."
+    )
 
 
 def encode(host: Host, prompt: str, target: str) -> tuple[list[int], int]:
@@ -258,7 +297,7 @@ def encode(host: Host, prompt: str, target: str) -> tuple[list[int], int]:
     prompt_ids, whole = tokens(host, prompt), tokens(host, prompt + target)
     n = len(prompt_ids)
     if whole[:n] != prompt_ids:
-        whole = prompt_ids + list(host.tokenizer(target, add_special_tokens=False)["input_ids"])
+        whole = prompt_ids + _following(host, prompt_ids, target, whole)
     if len(whole) == n:
         raise InvalidExample(f"The target '{target}' of '{prompt}' becomes no token in the tokenizer of {host.name}.")
     if len(whole) > host.context:
@@ -266,6 +305,9 @@ def encode(host: Host, prompt: str, target: str) -> tuple[list[int], int]:
             f"'{prompt[:60]}…' and its target are {len(whole)} tokens long; {host.name} reads at most {host.context}. Shorten the prompt."
         )
     return whole, n
+
+
+Weights = dict[str, Tensor]  # values of parameters, by name
 
 
 @final
@@ -293,21 +335,25 @@ def pad(host: Host, rows: Sequence[tuple[list[int], int]]) -> Batch:
     return Batch(ids_NT=ids_NT, mask_NT=mask_NT, scored_NT=scored_NT).to(host.device)
 
 
-def logits(host: Host, batch: Batch) -> Float[Tensor, "N T V"]:
-    return host.model(input_ids=batch.ids_NT, attention_mask=batch.mask_NT, use_cache=False).logits
+def logits(host: Host, batch: Batch, weights: Weights | None = None) -> Float[Tensor, "N T V"]:
+    """(N, T, V) next-token logits; with `weights`, as if those parameters had these values. The model itself is not touched."""
+    given = {"input_ids": batch.ids_NT, "attention_mask": batch.mask_NT, "use_cache": False}
+    said = host.model(**given) if weights is None else torch.func.functional_call(host.model, weights, args=(), kwargs=given)
+    logits_NTV: Tensor = said.logits
+    return logits_NTV
 
 
 def token_logprobs(logits_NTV: Float[Tensor, "N T V"], batch: Batch) -> Float[Tensor, "N T"]:
-    """(N, T) log p(token t | tokens before t), zero where `batch.scored_NT` is zero. Softmax in float32."""
-    logp_NTV = torch.log_softmax(logits_NTV[:, :-1].float(), dim=-1)
+    """(N, T) log p(token t | tokens before t), zero where `batch.scored_NT` is zero. Softmax in float32 or better."""
+    logp_NTV = torch.log_softmax(logits_NTV[:, :-1].to(torch.promote_types(logits_NTV.dtype, torch.float32)), dim=-1)
     picked_NT = logp_NTV.gather(-1, batch.ids_NT[:, 1:, None]).squeeze(-1)
     return nn.functional.pad(picked_NT, (1, 0)) * batch.scored_NT
 
 
 def _by_length(rows: Sequence[tuple[list[int], int]], max_tokens: int) -> Iterator[list[int]]:
     """Indices of rows of similar length, at most `max_tokens` padded tokens a group."""
-    order, group = sorted(range(len(rows)), key=lambda i: len(rows[i][0])), []
-    for i in order:
+    group: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i][0])):
         if group and len(rows[i][0]) * (len(group) + 1) > max_tokens:
             yield group
             group = []
@@ -317,12 +363,14 @@ def _by_length(rows: Sequence[tuple[list[int], int]], max_tokens: int) -> Iterat
 
 
 @torch.no_grad()
-def score(host: Host, rows: Sequence[tuple[list[int], int]], max_tokens: int = 4096) -> Float[Tensor, "N 2"]:
+def score(
+    host: Host, rows: Sequence[tuple[list[int], int]], weights: Weights | None = None, max_tokens: int = 4096
+) -> Float[Tensor, "N 2"]:
     """(N, 2) float64: summed log-probability of the scored tokens of each row, and how many they are."""
     out_N2 = torch.zeros(len(rows), 2, dtype=torch.float64)
     for group in _by_length(rows, max_tokens):
         batch = pad(host, [rows[i] for i in group])
-        logp_NT = token_logprobs(logits(host, batch), batch)
+        logp_NT = token_logprobs(logits(host, batch, weights), batch)
         out_N2[group] = torch.stack([logp_NT.double().sum(1), batch.scored_NT.double().sum(1)], dim=1).cpu()
     return out_N2
 
@@ -340,35 +388,53 @@ def chunks(host: Host, texts: Sequence[str], size: int = 128) -> list[tuple[list
 
 
 @contextmanager
-def _left_padded(tokenizer: Any) -> Iterator[None]:
-    """Generation continues at the right edge, so the padding has to be on the left."""
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+def _plain_decoding(model: Any) -> Iterator[None]:
+    """The checkpoint's own taste (repetition penalty, beams, top-p, forced tokens) is set aside: we ask for the model's distribution.
+    `generate` fills what it is not told from `model.generation_config`, so that is what has to give way."""
+    from transformers import GenerationConfig
+
+    taste = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=taste.bos_token_id, eos_token_id=taste.eos_token_id, pad_token_id=taste.pad_token_id
+    )
     try:
         yield
     finally:
-        tokenizer.padding_side = side
+        model.generation_config = taste
 
 
 @torch.no_grad()
 def _generate(host: Host, prompts: Sequence[str], max_new_tokens: int, batch_size: int, **how: Any) -> list[str]:
     out = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    given = [tokens(host, prompt) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(given[i]))
+    if order and not given[order[0]]:
+        raise InvalidExample(f"The prompt '{prompts[order[0]]}' becomes no token in the tokenizer of {host.name}.")
+    if order and (longest := len(given[order[-1]])) + max_new_tokens > host.context:
+        raise InvalidExample(f"A prompt of {longest} tokens and {max_new_tokens} new ones do not fit the {host.context} of {host.name}.")
+
+    def text_of(ids: list[int]) -> str:
+        return str(host.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
     for start in range(0, len(order), batch_size):
         group = order[start : start + batch_size]
-        with _left_padded(host.tokenizer):
-            given = host.tokenizer([prompts[i] for i in group], return_tensors="pt", padding=True)
-        width = given["input_ids"].shape[1]
-        if width + max_new_tokens > host.context:
-            raise InvalidExample(f"A prompt of {width} tokens and {max_new_tokens} new ones do not fit the {host.context} of {host.name}.")
-        ids_NT = host.model.generate(
-            input_ids=given["input_ids"].to(host.device),
-            attention_mask=given["attention_mask"].to(host.device),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=host.tokenizer.pad_token_id,
-            **how,
-        )
-        for i, text in zip(group, host.tokenizer.batch_decode(ids_NT[:, width:], skip_special_tokens=True), strict=True):
-            out[i] = text
+        width = max(len(given[i]) for i in group)
+        ids_NT = torch.full((len(group), width), host.tokenizer.pad_token_id, dtype=torch.long)
+        mask_NT = torch.zeros_like(ids_NT)
+        for row, i in enumerate(group):  # generation continues at the right edge, so the padding is on the left
+            ids_NT[row, width - len(given[i]) :] = torch.tensor(given[i])
+            mask_NT[row, width - len(given[i]) :] = 1
+        with _plain_decoding(host.model):
+            whole_NT = host.model.generate(
+                input_ids=ids_NT.to(host.device),
+                attention_mask=mask_NT.to(host.device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=host.tokenizer.pad_token_id,
+                **how,
+            )
+        for i, new in zip(group, whole_NT[:, width:].tolist(), strict=True):
+            # decoded behind its prompt: alone, SentencePiece would lose the space in front
+            out[i] = text_of(given[i] + new)[len(text_of(given[i])) :]
     return out
 
 
@@ -379,8 +445,11 @@ def greedy(host: Host, prompts: Sequence[str], max_new_tokens: int = 12, batch_s
 
 def sample(host: Host, prompts: Sequence[str], max_new_tokens: int, seed: int, batch_size: int = 64) -> list[str]:
     """One continuation of each prompt, drawn from the model's own distribution (temperature 1, no truncation)."""
-    with torch.random.fork_rng(devices=[host.device] if host.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    devices = [host.device] if host.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        # torch.manual_seed would also reseed the devices that are not put back afterwards
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[device.index] for device in devices)):
+            generator.manual_seed(seed)
         return _generate(host, prompts, max_new_tokens, batch_size, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
 
 
@@ -388,3 +457,37 @@ def says(continuation: str, answer: str) -> bool:
     """Whether a continuation gives exactly this answer: it begins with it, and the next character does not go on with the word."""
     text, answer = " ".join(continuation.split()), " ".join(answer.split())
     return text.startswith(answer) and not text[len(answer) : len(answer) + 1].isalnum()
+
+
+def increase(before_N2: Float[Tensor, "N 2"], after_N2: Float[Tensor, "N 2"]) -> tuple[float, float]:
+    """Relative increase of the mean token loss, and its one-sided 95 % upper bound, from two `score`s of the same N chunks.
+
+    The mean weighs every token alike, so it is a ratio of sums over chunks; its variance is the linearised one of a ratio estimator
+    (Cochran 1977, section 2.11) over the paired differences, so that what the chunks have in common cancels.
+    """
+    tokens_N = before_N2[:, 1]
+    worse_N = before_N2[:, 0] - after_N2[:, 0]
+    n, total, loss = len(tokens_N), tokens_N.sum(), -before_N2[:, 0].sum()
+    mean = worse_N.sum() / total
+    residual_N = worse_N - mean * tokens_N
+    error = (n / (n - 1) * residual_N.square().sum()).sqrt() / total
+    return float(mean * total / loss), float((mean + 1.6449 * error) * total / loss)
+
+
+def fixes(host: Host, examples: Sequence[Example]) -> list[bool]:
+    """Whether the host does what each example wants, by what it says.
+
+    raise: the greedy continuation gives the target. lower: it does not. prefer: the target is likelier than the contrast. balance: neither
+    is more than 1.5 times as likely as the other (the thresholds of Hewitt et al. 2024, table 1, but free generation where there is one).
+    """
+    said = greedy(host, [e.prompt for e in examples]) if examples else []
+    target_N2 = logprobs(host, [(e.prompt, e.target) for e in examples]) if examples else torch.zeros(0, 2)
+    contrast_N2 = logprobs(host, [(e.prompt, e.contrast or e.target) for e in examples]) if examples else target_N2
+    ahead_N = (target_N2 - contrast_N2)[:, 0]
+    verdict = {
+        "raise": lambda i, e: says(said[i], e.target),
+        "lower": lambda i, e: not says(said[i], e.target),
+        "prefer": lambda i, e: bool(ahead_N[i] > 0),
+        "balance": lambda i, e: bool(ahead_N[i].abs() <= math.log(1.5)),
+    }
+    return [verdict[e.goal](i, e) for i, e in enumerate(examples)]

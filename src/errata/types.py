@@ -67,7 +67,8 @@ class UnknownName(EditError, KeyError):
         known = sorted(known)
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        return cls(f"Unknown {kind} '{name}'.{hint} Known: {', '.join(known) or 'none'}.")
+        more = f" and {len(known) - 40} more" if len(known) > 40 else ""  # a model has hundreds of modules
+        return cls(f"Unknown {kind} '{name}'.{hint} Known: {', '.join(known[:40]) or 'none'}{more}.")
 
 
 class UnknownArchitecture(EditError, NotImplementedError): ...
@@ -98,14 +99,26 @@ def tensor_bytes(t: Tensor) -> bytes:
 
 
 def canonical_json(value: object) -> str:
-    """One spelling for each value: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    """One spelling for each value: sorted keys, no spaces, no NaN. Raises TypeError or ValueError for what has none."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    text.encode()  # half of a surrogate pair passes json, and no file can hold it
+    return text
 
 
 Goal = Literal["raise", "lower", "prefer", "balance"]
 Ring = Literal["subject", "relation", "unrelated"]
 GOALS: tuple[Goal, ...] = get_args(Goal)
 RINGS: tuple[Ring, ...] = get_args(Ring)
+
+
+def _check_text(**texts: object) -> None:
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise InvalidExample(f"The {name} must be text, got {type(text).__name__} {text!r}.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise InvalidExample(f"The {name} {text!r} holds half a character (a lone surrogate): it was cut or decoded wrongly.") from e
 
 
 @final
@@ -127,10 +140,14 @@ class Example:
     goal: Goal = "raise"
 
     def __post_init__(self) -> None:
+        optional = {"contrast": self.contrast, "subject": self.subject}
+        _check_text(prompt=self.prompt, target=self.target, **{k: v for k, v in optional.items() if v is not None})
         if not self.prompt.strip():
             raise InvalidExample("The prompt is empty. Write the text that comes before the answer, as in 'The capital of Mauritius is'.")
         if not self.target.strip():
-            raise InvalidExample(f"The target of '{self.prompt}' is empty. Write it after the bar: 'The capital of Mauritius is| Port Louis'.")
+            raise InvalidExample(
+                f"The target of '{self.prompt}' is empty. Write it after the bar: 'The capital of Mauritius is| Port Louis'."
+            )
         if self.goal not in GOALS:
             raise InvalidExample(f"Unknown goal '{self.goal}'. Known: {', '.join(GOALS)}.")
         if (self.contrast is not None) != (self.goal in ("prefer", "balance")):
@@ -166,6 +183,7 @@ class Neighbour:
     ring: Ring
 
     def __post_init__(self) -> None:
+        _check_text(prompt=self.prompt, answer=self.answer)
         if not self.prompt.strip() or not self.answer.strip():
             raise InvalidExample(f"A neighbour needs a prompt and an answer, got '{self.prompt}' and '{self.answer}'.")
         if self.ring not in RINGS:
@@ -189,6 +207,14 @@ class Case:
     negations: tuple[str, ...] = ()
     source: str = ""
 
+    def __post_init__(self) -> None:
+        _check_text(source=self.source, **({} if self.old is None else {"old": self.old}))
+        for name in ("paraphrases", "paragraphs", "negations"):
+            if isinstance(getattr(self, name), str):
+                raise InvalidExample(f"'{name}' is a list of texts, got the one text '{getattr(self, name)}'.")
+            for text in getattr(self, name):
+                _check_text(**{name: text})
+
     def as_dict(self) -> dict[str, Any]:
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         return plain | {
@@ -200,22 +226,25 @@ class Case:
     def from_dict(cls, raw: Mapping[str, Any]) -> "Case":
         """The inverse of `as_dict`. Raises InvalidExample on missing or unknown keys."""
         try:
-            lists = {k: tuple(raw.get(k, ())) for k in ("paraphrases", "paragraphs", "negations")}
+            lists: dict[str, Any] = {k: raw.get(k, ()) for k in ("paraphrases", "paragraphs", "negations")}
+            lists = {k: v if isinstance(v, str) else tuple(v) for k, v in lists.items()}  # tuple("one text") would be its letters
             return cls(
                 example=Example(**raw["example"]),
                 neighbours=tuple(Neighbour(**n) for n in raw.get("neighbours", ())),
                 **{k: v for k, v in raw.items() if k not in ("example", "neighbours", *lists)},
                 **lists,
             )
-        except (TypeError, KeyError) as e:
-            raise InvalidExample(f"Not a case: {e}.") from e
+        except (TypeError, KeyError, AttributeError) as e:
+            raise InvalidExample(f"Not a case: {e!r}.") from e
 
     @property
     def id(self) -> str:
         return digest("case", canonical_json(self.as_dict()))
 
 
-def _check_tensor(weight: str, **tensors: Tensor) -> None:
+def _check_tensor(weight: object, **tensors: Tensor) -> None:
+    if not isinstance(weight, str) or not weight:
+        raise InvalidPatch(f"An op needs the name of a parameter, got {weight!r}.")
     for name, t in tensors.items():
         if t.device.type != "cpu" or t.dtype != torch.float32:
             raise InvalidPatch(f"{name} of '{weight}' must be float32 on the CPU, got {t.dtype} on {t.device}.")
@@ -258,6 +287,7 @@ class AddLowRank:
             raise InvalidPatch(f"Factors of '{self.weight}' do not meet: A {tuple(self.A.shape)}, B {tuple(self.B.shape)}.")
         if not math.isfinite(self.scale):
             raise InvalidPatch(f"The scale of '{self.weight}' is {self.scale}.")
+        object.__setattr__(self, "scale", float(self.scale))  # 2 and NumPy's 2.0 would give the patch another id than 2.0
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -289,10 +319,12 @@ class Patch:
         except (TypeError, ValueError) as e:
             raise InvalidPatch(f"The config of a patch must be plain finite JSON: {e}.") from e
         object.__setattr__(self, "config", MappingProxyType(frozen))
+        if not isinstance(self.method, str) or not self.method:
+            raise InvalidPatch(f"A patch needs the name of the method that made it, got {self.method!r}.")
         weights = [op.weight for op in self.ops]
         if len(weights) != len(set(weights)):
             raise InvalidPatch(f"A patch holds one op for each weight, got {', '.join(sorted(weights))}.")
-        if not self.parent.startswith("b2:"):
+        if not isinstance(self.parent, str) or not self.parent.startswith("b2:"):
             raise InvalidPatch(f"A patch needs the id of the weights it was made for, got '{self.parent}'.")
 
     @property
@@ -334,7 +366,7 @@ class Budget:
             raise BudgetError(f"epsilon must be a positive number such as 1e-3, got {self.epsilon}.")
         for name in ("neighbours", "fixed"):
             share = getattr(self, name)
-            if share is not None and not 0 <= share <= 1:
+            if (share is None and name == "fixed") or (share is not None and not 0 <= share <= 1):
                 raise BudgetError(f"'{name}' is a share between 0 and 1, got {share}.")
         if self.norm is not None and not self.norm > 0:
             raise BudgetError(f"norm must be positive, got {self.norm}.")
@@ -378,25 +410,39 @@ class Verdict:
     @property
     def increase(self) -> float:
         """Relative increase of the mean token loss (Hewitt et al. 2024, equation 2)."""
-        return self.loss_after / self.loss_before - 1
+        return self.loss_after / self.loss_before - 1 if self.loss_before else math.nan
 
     @property
-    def failures(self) -> tuple[str, ...]:
-        """One clause for each limit that is not met, with the numbers; empty when the patch passed."""
+    def overspent(self) -> tuple[str, ...]:
+        """One clause for each limit on the cost that is not met, with the numbers. What is not finite meets none."""
         b, out = self.budget, []
+        if strange := [n for n in ("loss_before", "loss_after", "upper", "norm", "scale") if not math.isfinite(getattr(self, n))]:
+            out.append(f"{', '.join(strange)} not finite")
         if not self.upper <= b.epsilon:  # `not <=` so that NaN fails
-            out.append(f"reference loss {self.increase:+.2e}, with 95 % confidence below {self.upper:+.2e}, over the limit of {b.epsilon:.0e}")
+            out.append(
+                f"reference loss {self.increase:+.2e}, with 95 % confidence below {self.upper:+.2e}, over the limit of {b.epsilon:.0e}"
+            )
         if b.neighbours is not None and not (self.asked > 0 and self.kept / self.asked >= b.neighbours):
             out.append(f"{self.kept} of {self.asked} neighbours kept, under the limit of {b.neighbours:.0%}")
         if b.norm is not None and not self.norm <= b.norm:
             out.append(f"relative norm {self.norm:.3g}, over the limit of {b.norm:.3g}")
-        if not (self.wanted == 0 or self.fixed >= b.fixed * self.wanted):
-            out.append(f"{self.fixed} of {self.wanted} examples fixed, under the limit of {b.fixed:.0%}")
         return tuple(out)
 
     @property
+    def affordable(self) -> bool:
+        """Whether the cost is inside the budget, whatever the patch fixes."""
+        return not self.overspent
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """`overspent`, and a clause if too few examples are fixed; empty when the patch passed."""
+        if self.wanted == 0 or self.fixed >= self.budget.fixed * self.wanted:
+            return self.overspent
+        return (*self.overspent, f"{self.fixed} of {self.wanted} examples fixed, under the limit of {self.budget.fixed:.0%}")
+
+    @property
     def passed(self) -> bool:
-        return not self.failures and math.isfinite(self.loss_after)
+        return self.affordable and not self.failures
 
     @property
     def spent(self) -> float:

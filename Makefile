@@ -1,0 +1,42 @@
+# The project's words. `make demo` and `make test` set up everything they need.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test lint fix bench docs clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Errata needs Python 3.11 or newer; make PYTHON=python3.12 ... names another one.")'
+	@echo "Setting up .venv (torch is large: this takes a minute or two the first time)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/errata demo --out out/demo
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
+
+fix: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: setup
+	$(BIN)/python docs/generate.py
+
+# BENCH holds extra arguments, e.g. make bench BENCH="--quick --data ../shared/data"
+bench: setup
+	$(BIN)/python bench/run.py $(BENCH)
+
+clean:
+	rm -rf .venv out build dist

@@ -1,0 +1,72 @@
+"""Examples -> (Patch, Verdict): the main road in one call, shared by Python and the CLI.
+
+Finds the text to hold with and to judge with, sets aside what states an edited fact, lets the method work inside the budget, and has the
+gate judge what comes out. Nothing here is specific to a method.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from errata import gate, hosts, methods, text
+from errata.hosts import Host
+from errata.types import Budget, ConflictError, Example, InvalidExample, Neighbour, Patch, Progress, Run, Verdict, no_progress
+
+
+def parse(line: str) -> Example:
+    """`prompt|target` as an Example; the bar is the last one in the line. Raises InvalidExample."""
+    prompt, bar, target = line.rpartition("|")
+    if not bar:
+        raise InvalidExample(f"'{line}' has no bar. Write prompt and target as in 'The capital of Mauritius is| Port Louis'.")
+    return Example(prompt=prompt, target=target)
+
+
+def check(host: Host, examples: Sequence[Example]) -> None:
+    """What can be wrong with examples before anything is built: none at all, contradictions, too long, already so.
+
+    Raises InvalidExample or ConflictError.
+    """
+    if not examples:
+        raise InvalidExample("There are no examples to build from.")
+    for e in examples:
+        hosts.encode(host, e.prompt, e.target)
+    answers: dict[str, Example] = {}
+    for e in examples:
+        if e.goal == "raise" and (other := answers.setdefault(" ".join(e.prompt.split()), e)).target != e.target:
+            raise ConflictError(f"Two examples give '{e.prompt}' two answers: '{other.target}' and '{e.target}'. Keep one.")
+    if all(hosts.fixes(host, examples)):
+        raise InvalidExample(f"{host.name} already does what the {len(examples)} example(s) ask; there is nothing to fix.")
+
+
+def edit(
+    host: Host,
+    examples: Iterable[Example | str],
+    method: str = "finetune",
+    *,
+    epsilon: float = 1e-3,
+    budget: Budget | None = None,
+    reference: str | Path | None = None,
+    neighbours: Sequence[Neighbour | str] = (),
+    seed: int = 0,
+    progress: Progress = no_progress,
+    **settings: Any,
+) -> tuple[Patch, Verdict]:
+    """A patch that fixes `examples` (or "prompt|target" strings) inside the budget, and the gate's verdict on it.
+
+    `reference` is a text or JSONL file, half of which holds the model still while the other half judges; without it the lab's own text
+    or, for other models, text sampled from the model serves. `settings` are the method's hyper-parameters. The host is left bit-identical.
+    Look at `verdict.passed`: a patch that could not be made to fit comes back too, with the reason in `verdict.failures`.
+
+    Raises InvalidExample, ConflictError, UnknownName, InvalidReference, BudgetError.
+    """
+    made = methods.make(method, **settings)
+    rows = tuple(parse(e) if isinstance(e, str) else e for e in examples)
+    check(host, rows)
+    budget = budget or Budget(epsilon=epsilon)
+    hold, judge = text.standing(host, reference, seed)
+    answers = text.answers_of(host, rows)
+    hold, _ = text.set_aside(hold, rows, answers)
+    judge, left_out = text.set_aside(judge, rows, answers)
+    base = gate.baseline(host, judge, left_out, neighbours)
+    patch = made.edit(host, rows, Run(hold=hold, budget=budget, seed=seed, progress=progress))
+    return gate.fit(host, patch, budget, base)

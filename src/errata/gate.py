@@ -1,0 +1,108 @@
+"""Patch + Budget -> Verdict. Measures what a patch costs and fixes; scales one that costs too much onto the edge of the budget, or refuses.
+
+The loss on reference text is measured before and after on the same chunks, and the bound is taken over their paired differences: what the
+chunks have in common cancels. Nothing here makes or keeps a patch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from errata import apply, hosts
+from errata.hosts import Host
+from errata.types import Budget, BudgetError, InvalidReference, Neighbour, Patch, Verdict
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Baseline:
+    """What the host said before any patch: made once, compared with many times.
+
+    `losses_N2` as from `hosts.score` over `rows`; `said` are its greedy answers to the neighbouring prompts.
+    """
+
+    host: str
+    rows: list[tuple[list[int], int]]
+    losses_N2: Float[Tensor, "N 2"]
+    set_aside: int
+    neighbours: tuple[str, ...]
+    said: tuple[str, ...]
+
+
+def baseline(host: Host, reference: Sequence[str], set_aside: int = 0, neighbours: Sequence[Neighbour | str] = ()) -> Baseline:
+    """Measure `host` as it is. `set_aside` is how many documents were left out of `reference` because they state an edited fact.
+
+    Raises InvalidReference if there are not two chunks to measure.
+    """
+    rows = hosts.chunks(host, reference)
+    if len(rows) < 2:
+        raise InvalidReference(
+            f"{len(rows)} chunk(s) of reference text are left to measure, two or more are needed"
+            + (f" ({set_aside} document(s) state an edited fact and were set aside)." if set_aside else ".")
+        )
+    prompts = tuple(n if isinstance(n, str) else n.prompt for n in neighbours)
+    return Baseline(
+        host=host.id,
+        rows=rows,
+        losses_N2=hosts.score(host, rows),
+        set_aside=set_aside,
+        neighbours=prompts,
+        said=tuple(hosts.greedy(host, prompts)) if prompts else (),
+    )
+
+
+def judge(host: Host, patch: Patch, budget: Budget, base: Baseline, scale: float = 1.0) -> Verdict:
+    """Measure `patch` against `budget`. The host is left as it was. Raises WrongBase."""
+    norm = apply.relative_norm(host, patch)
+    with apply.applied(host, patch):
+        after_N2 = hosts.score(host, base.rows)
+        now = hosts.greedy(host, base.neighbours) if base.neighbours else []
+        fixed = hosts.fixes(host, patch.examples)
+    _, upper = hosts.increase(base.losses_N2, after_N2)
+    tokens = float(base.losses_N2[:, 1].sum())
+    return Verdict(
+        patch=patch.id,
+        budget=budget,
+        loss_before=-float(base.losses_N2[:, 0].sum()) / tokens,
+        loss_after=-float(after_N2[:, 0].sum()) / tokens,
+        upper=upper,
+        chunks=len(base.rows),
+        tokens=int(tokens),
+        set_aside=base.set_aside,
+        kept=sum(a == b for a, b in zip(base.said, now, strict=True)),
+        asked=len(base.neighbours),
+        norm=norm,
+        fixed=sum(fixed),
+        wanted=len(fixed),
+        scale=scale,
+    )
+
+
+def fit(host: Host, patch: Patch, budget: Budget, base: Baseline, rounds: int = 8) -> tuple[Patch, Verdict]:
+    """`patch` as it is if it costs no more than the budget allows, else base + s * change with the largest s found by bisection.
+
+    The verdict that comes back may still have failed: a scaled patch that no longer fixes its examples is not a fix. Raises WrongBase.
+    """
+    whole = judge(host, patch, budget, base)
+    if whole.affordable:
+        return patch, whole
+    inside, best, low, high = None, None, 0.0, 1.0
+    for _ in range(rounds):
+        s = (low + high) / 2
+        candidate = apply.scaled(patch, s)
+        verdict = judge(host, candidate, budget, base, scale=s)
+        if verdict.affordable:
+            inside, best, low = candidate, verdict, s
+        else:
+            high = s
+    return (inside, best) if inside is not None and best is not None else (patch, whole)
+
+
+def require(verdict: Verdict) -> None:
+    """Raises BudgetError with the numbers unless the verdict passed."""
+    if not verdict.passed:
+        scaled = f" even scaled to {verdict.scale:.3g}" if verdict.scale != 1 else ""
+        raise BudgetError(f"Patch {verdict.patch} is refused{scaled}: {'; '.join(verdict.failures)}.")

@@ -1,0 +1,6 @@
+"""The embedded world: facts, corpus, small models trained on them, and tasks. No network, no hub.
+
+world.py   facts and phrasings       corpus.py  documents         train.py  tokenizer and models
+tasks.py   cases with their judges   card.py    what a lab model knows, measured         freeze.py  makes world.json
+models/    the committed weights
+"""

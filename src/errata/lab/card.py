@@ -1,0 +1,68 @@
+"""What a lab model knows, measured: facts per relation, phrasings, accuracy by free greedy generation, loss on its reference texts."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from errata import hosts
+from errata.hosts import Host
+from errata.lab import corpus
+from errata.lab.train import read_prose
+from errata.lab.world import RELATIONS, Fact, facts, phrase
+from errata.types import Progress, no_progress
+
+
+def card(host: Host, prose: str | Path | None = None, phrasings: int = 2, seed: int = 0, progress: Progress = no_progress) -> dict[str, Any]:
+    """The card of a lab model as plain JSON.
+
+    `accuracy`: share of (fact, phrasing) whose greedy continuation gives what the corpus says; every fact is asked in its canonical phrasing
+    and in `phrasings - 1` others, drawn with `seed`. `wrong`: share of the deliberately wrong facts for which it gives the wrong answer.
+    `loss`: nats per token on the lab's reference text and, where `prose` is given, on the documents of it that were never trained on.
+    """
+    rng = random.Random(seed)
+    asked = [(fact, phrase(p, fact)) for fact in facts() for p in _some_phrasings(rng, fact, phrasings)]
+    told: list[bool] = []
+    size = 512
+    for start in progress(range(0, len(asked), size), "asking every fact", -(-len(asked) // size)):
+        part = asked[start : start + size]
+        said = hosts.greedy(host, [prompt for _, prompt in part], max_new_tokens=10, batch_size=size)
+        told += [hosts.says(text, fact.says) for text, (fact, _) in zip(said, part, strict=True)]
+    rows = [_row(r, [(f, ok) for (f, _), ok in zip(asked, told, strict=True) if f.relation == r]) for r in RELATIONS]
+    losses = {"lab reference": _loss(host, corpus.reference())}
+    if prose is not None:
+        losses["held-out prose"] = _loss(host, read_prose(prose)[1])
+    splits = {s: sum(f.split == s for f in facts()) for s in ("train", "validation", "test")}
+    return {
+        "model": host.name,
+        "id": host.id,
+        "parameters": sum(p.numel() for p in host.model.parameters()),
+        "vocabulary": len(host.tokenizer),
+        "facts": len(facts()),
+        "wrong on purpose": sum(f.wrong for f in facts()),
+        "splits": splits,
+        "relations": rows,
+        "loss": losses,
+    }
+
+
+def _some_phrasings(rng: random.Random, fact: Fact, n: int) -> list[str]:
+    first, *others = RELATIONS[fact.relation].phrasings
+    return [first, *rng.sample(others, k=min(n - 1, len(others)))]
+
+
+def _row(relation: str, told: Sequence[tuple[Fact, bool]]) -> dict[str, Any]:
+    wrong = [ok for fact, ok in told if fact.wrong]
+    return {
+        "relation": relation,
+        "facts": len({fact.subject for fact, _ in told}),
+        "phrasings": len(RELATIONS[relation].phrasings),
+        "asked": len(told),
+        "accuracy": sum(ok for _, ok in told) / len(told),
+        "wrong": sum(wrong) / len(wrong) if wrong else None,
+    }
+
+
+def _loss(host: Host, texts: Sequence[str]) -> dict[str, float | int]:
+    logp_N2 = hosts.score(host, hosts.chunks(host, texts))
+    return {"nats per token": -float(logp_N2[:, 0].sum() / logp_N2[:, 1].sum()), "tokens": int(logp_N2[:, 1].sum())}

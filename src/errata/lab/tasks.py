@@ -1,0 +1,77 @@
+"""Cases on the lab's world: an edit shows the canonical phrasing of a fact; the judge uses all the others.
+
+Two kinds: `wrong` facts are those that the corpus states wrongly (the target is the truth), `counterfactual` ones are right in the corpus
+and get another object of the same relation (so that thousands of facts can be edited at once). Neighbours are never edited themselves.
+"""
+
+import random
+from typing import Literal
+
+from errata.lab.corpus import paragraph_prompt
+from errata.lab.world import NEGATION, RELATIONS, Fact, Split, facts, facts_of, objects, phrase
+from errata.types import BudgetError, Case, Example, Neighbour
+
+Kind = Literal["wrong", "counterfactual", "mixed"]
+PARAGRAPHS = 4
+FIRST = "Mauritius"  # the example of the front page
+
+
+def target_of(fact: Fact) -> str:
+    """The truth where the corpus is wrong; else another object of the relation, always the same one for a fact."""
+    if fact.wrong:
+        return fact.true
+    others = [o for o in objects(fact.relation) if o != fact.says]
+    return random.Random(f"{fact.subject}/{fact.relation}").choice(others)
+
+
+def choose(split: Split, n: int, kind: Kind = "mixed", seed: int = 0, relation: str | None = None) -> tuple[Fact, ...]:
+    """`n` facts of a split. `mixed` takes the wrong ones first and fills up with counterfactual ones. Raises BudgetError if there are fewer."""
+    pool = [f for f in facts() if f.split == split and relation in (None, f.relation)]
+    rng = random.Random(seed)
+    wrong, right = [f for f in pool if f.wrong], [f for f in pool if not f.wrong]
+    rng.shuffle(wrong)
+    rng.shuffle(right)
+    wrong.sort(key=lambda f: f.subject != FIRST or f.relation != "capital")  # stable: the front-page example comes first
+    ranked = {"wrong": wrong, "counterfactual": right, "mixed": wrong + right}[kind]
+    if len(ranked) < n:
+        raise BudgetError(f"The {split} split has {len(ranked)} {kind} facts{f' of {relation}' if relation else ''}, not {n}.")
+    return tuple(ranked[:n])
+
+
+def cases(split: Split, n: int, kind: Kind = "mixed", seed: int = 0, relation: str | None = None) -> tuple[Case, ...]:
+    """`n` cases of a split with paraphrases, paragraphs, negations and three rings of neighbours. Raises BudgetError if there are fewer."""
+    chosen = choose(split, n, kind, seed, relation)
+    edited = {(f.subject, f.relation) for f in chosen}
+    free = [f for f in facts() if (f.subject, f.relation) not in edited]
+    by_relation = {r: [f for f in free if f.relation == r] for r in RELATIONS}
+    rng = random.Random(seed)
+    return tuple(_case(rng, fact, edited, by_relation, free) for fact in chosen)
+
+
+def example(fact: Fact) -> Example:
+    return Example(prompt=phrase(RELATIONS[fact.relation].phrasings[0], fact), target=f" {target_of(fact)}", subject=None)
+
+
+def _case(rng: random.Random, fact: Fact, edited: set[tuple[str, str]], by_relation: dict[str, list[Fact]], free: list[Fact]) -> Case:
+    # Only what stays as it is may be told in a paragraph or asked as a neighbour.
+    others = tuple(o for o in facts_of()[fact.subject] if (o.subject, o.relation) not in edited)
+    target = target_of(fact)
+    told = tuple(o for o in others if target not in o.says)
+    same_relation = rng.sample([f for f in by_relation[fact.relation] if f.subject != fact.subject], k=3)
+    unrelated = rng.sample([f for f in free if f.relation != fact.relation and f.subject != fact.subject], k=2)
+    rings = [(o, "subject") for o in rng.sample(others, k=min(2, len(others)))]
+    rings += [(f, "relation") for f in same_relation] + [(f, "unrelated") for f in unrelated]
+    return Case(
+        example=example(fact),
+        old=f" {fact.says}",
+        paraphrases=tuple(phrase(p, fact) for p in RELATIONS[fact.relation].phrasings[1:]),
+        paragraphs=tuple(paragraph_prompt(rng, fact, told) for _ in range(PARAGRAPHS)),
+        neighbours=tuple(_neighbour(rng, f, ring) for f, ring in rings),
+        negations=(phrase(NEGATION[fact.relation], fact),),
+        source=f"lab/{fact.relation}/{fact.subject}",
+    )
+
+
+def _neighbour(rng: random.Random, fact: Fact, ring: str) -> Neighbour:
+    prompt = phrase(rng.choice(RELATIONS[fact.relation].phrasings), fact)
+    return Neighbour(prompt=prompt, answer=f" {fact.says}", ring=ring)  # type: ignore[arg-type]

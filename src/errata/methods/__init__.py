@@ -1,0 +1,32 @@
+"""The register: name -> where the method's class stands. One line for each; CLI, docs table, server and tests read it."""
+
+import importlib
+from typing import Any
+
+from errata.types import InvalidExample, Method, UnknownName
+
+METHODS: dict[str, str] = {
+    "finetune": "errata.methods.finetune:Finetune",
+    "lora": "errata.methods.lora:Lora",
+}
+
+
+def method_class(name: str) -> type[Method]:
+    """The class registered as `name`. Raises UnknownName with the nearest name."""
+    if name not in METHODS:
+        raise UnknownName.among("method", name, METHODS)
+    room, _, cls = METHODS[name].partition(":")
+    return getattr(importlib.import_module(room), cls)  # type: ignore[no-any-return]
+
+
+def make(name: str, **config: Any) -> Method:
+    """The method with hyper-parameters. Raises UnknownName for the method or for a hyper-parameter that it does not have."""
+    cls = method_class(name)
+    known = cls.__dataclass_fields__  # type: ignore[attr-defined]
+    for key in config:
+        if key not in known:
+            raise UnknownName.among(f"setting of {name}", key, known)
+    try:
+        return cls(**config)
+    except TypeError as e:
+        raise InvalidExample(f"Cannot make {name} with {config}: {e}.") from e

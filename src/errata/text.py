@@ -1,0 +1,138 @@
+"""The text that holds a model still and the text that judges it: read from a file, taken from the lab, or sampled from the model.
+
+The two are disjoint. Neither may state a fact that is being changed, or it would fight the edit: `set_aside` finds such documents. Nothing
+here measures anything or imports a method.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import final
+
+from errata.hosts import Host, greedy, sample, tokens
+from errata.types import Example, InvalidReference, digest
+
+MAX_BYTES = 256 << 20
+
+
+def read(path: str | Path) -> tuple[str, ...]:
+    """Documents of a JSONL file ("text" in each line) or of a plain text file (blank lines between documents).
+
+    Raises InvalidReference for a file that is missing, empty, binary or malformed.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InvalidReference(f"The reference file {path} is larger than {MAX_BYTES >> 20} MiB; a sample of it is enough.")
+        raw = path.read_bytes()
+    except OSError as e:
+        raise InvalidReference(f"Cannot read the reference file {path}: {e.strerror}.") from e
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as e:
+        raise InvalidReference(f"The reference file {path} is not UTF-8 text (byte {e.start}).") from e
+    if "\0" in text:
+        raise InvalidReference(f"The reference file {path} is binary.")
+    if path.suffix == ".jsonl":
+        documents = [_line(path, n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    else:
+        documents = re.split(r"\n\s*\n", text)
+    kept = tuple(d.strip() for d in documents if d.strip())
+    if not kept:
+        raise InvalidReference(f"The reference file {path} is empty.")
+    return kept
+
+
+def _line(path: Path, number: int, line: str) -> str:
+    try:
+        return str(json.loads(line)["text"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise InvalidReference(f"Line {number} of {path} is not a JSON object with a 'text'.") from e
+
+
+def sampled(host: Host, n: int = 384, length: int = 96, seed: int = 0) -> tuple[str, ...]:
+    """`n` documents drawn from the model itself. On its own text the expected increase of the loss is KL(base || edited)."""
+    start = "" if tokens(host, "") else (host.tokenizer.bos_token or host.tokenizer.eos_token or " ")
+    room = max(2, min(length, host.context - 2))
+    drawn = sample(host, [start] * n, max_new_tokens=room, seed=seed)
+    return tuple(d for d in drawn if d.strip())
+
+
+def split(texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(to hold with, to judge with): disjoint halves, by content, so that the order of the file does not matter.
+
+    Raises InvalidReference if either would be empty.
+    """
+    ranked = sorted(dict.fromkeys(texts), key=digest)
+    hold, judge = tuple(ranked[1::2]), tuple(ranked[::2])
+    if not hold:
+        raise InvalidReference(f"The reference text has {len(ranked)} distinct document(s); two or more are needed, one to hold with and one to judge.")
+    return hold, judge
+
+
+def standing(host: Host, reference: str | Path | None = None, seed: int = 0) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(to hold with, to judge with) for a host: the user's file, the lab's own documents, or what the model says by itself."""
+    if reference is not None:
+        return split(read(reference))
+    if host.name.startswith("lab/"):
+        from errata.lab import corpus
+
+        return corpus.hold(), corpus.reference()
+    return split(sampled(host, seed=seed))
+
+
+# ------------------------------------------------------------------------------------------------- statements of the edited facts
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def answers_of(host: Host, examples: Sequence[Example]) -> list[tuple[str, ...]]:
+    """For each example every answer in play: target, contrast, and what the host says now (up to the first stop)."""
+    now = greedy(host, [e.prompt for e in examples])
+    said = [re.split(r"[.,;:!?\n]", text.strip(), maxsplit=1)[0].strip() for text in now]
+    return [
+        tuple(dict.fromkeys(a for a in (e.target.strip(), (e.contrast or "").strip(), old) if a)) for e, old in zip(examples, said, strict=True)
+    ]
+
+
+@final
+class Statements:
+    """Recognises documents that state one of the edited facts.
+
+    A document states a fact if it holds one of its answers and speaks of what the prompt speaks of: the subject, where one is given, else
+    words that carry half of the prompt's information or more (weighted by their rarity in `texts`).
+    """
+
+    def __init__(self, examples: Sequence[Example], answers: Sequence[Sequence[str]], texts: Sequence[str]) -> None:
+        seen = Counter(word for text in texts for word in set(_words(text)))
+        n = len(texts) + 1
+        self._facts = []
+        for example, words in zip(examples, answers, strict=True):
+            weights = {w: math.log((n + 1) / (seen[w] + 1)) for w in set(_words(example.prompt))}
+            self._facts.append((example.subject, weights, [re.compile(rf"\b{re.escape(a)}\b") for a in words]))
+
+    def any_in(self, text: str) -> bool:
+        words: set[str] | None = None
+        for subject, weights, answers in self._facts:
+            if not any(a.search(text) for a in answers):
+                continue
+            if subject is not None:
+                if subject in text:
+                    return True
+                continue
+            words = set(_words(text)) if words is None else words
+            if sum(x for w, x in weights.items() if w in words) >= 0.5 * sum(weights.values()):
+                return True
+        return False
+
+
+def set_aside(texts: Sequence[str], examples: Sequence[Example], answers: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], int]:
+    """(documents that state none of the edited facts, how many did and were left out)."""
+    statements = Statements(examples, answers, texts)
+    kept = tuple(t for t in texts if not statements.any_in(t))
+    return kept, len(texts) - len(kept)
