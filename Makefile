@@ -25,14 +25,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python docs/generate.py --check
+	$(BIN)/cog --check docs/reference.md
 
 fix: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 docs: setup
-	$(BIN)/python docs/generate.py
+	$(BIN)/cog -r docs/reference.md
 
 # BENCH holds extra arguments, e.g. make bench BENCH="--quick --data ../shared/data"
 bench: setup

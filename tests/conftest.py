@@ -90,20 +90,19 @@ def tiny_tokenizer(pieces: bool = False) -> Any:
     raw = json.loads(state)
     raw["added_tokens"] = [t for t in raw["added_tokens"] if t["content"] in special]
     tokenizer = Tokenizer.from_str(json.dumps(raw))
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
     del AddedToken
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, bos: int = 0, eos: int = 0) -> Any:
     """A random Hugging Face model: two layers, width 32, weights large enough that its logits differ from token to token."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **CONFIGS[family], bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    config = AutoConfig.for_model(family, **CONFIGS[family], bos_token_id=bos, eos_token_id=eos, pad_token_id=eos)
     with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -115,7 +114,8 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -
 
 def tiny_host(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, pieces: bool = False) -> Host:
     """A new host of one family; the same seed gives the same bits. `pieces`: with the SentencePiece-like tokenizer."""
-    return host_of(tiny_model(family, seed, dtype), tiny_tokenizer(pieces), f"tiny-{family}")
+    bos, eos = (1, 2) if pieces else (0, 0)
+    return host_of(tiny_model(family, seed, dtype, bos, eos), tiny_tokenizer(pieces), f"tiny-{family}")
 
 
 def weights_of(host: Host) -> dict[str, torch.Tensor]:

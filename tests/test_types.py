@@ -153,7 +153,10 @@ def test_tensor_bytes_are_row_major_whatever_the_strides() -> None:
     assert tensor_bytes(torch.zeros(2).expand(3, 2)) == bytes(24)
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT, lambda x: st.lists(x, max_size=3) | st.dictionaries(TEXT, x, max_size=3)))  # fmt: skip
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT
+
+
+@given(st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3)))
 def test_canonical_json_has_one_spelling(value: object) -> None:
     assert canonical_json(json.loads(canonical_json(value))) == canonical_json(value)
 
@@ -320,6 +323,8 @@ def test_an_op_names_a_parameter(weight: Any) -> None:
     ({"config": {"f": print}}, "plain finite JSON"),
     ({"config": {"text": "\ud83d"}}, "plain finite JSON"),
     ({"config": 5}, "plain finite JSON"),
+    ({"method": "\ud83d"}, "plain finite JSON"),
+    ({"ops": (Add(weight="\ud83d", delta=torch.zeros(1)),)}, "plain finite JSON"),
     ({"parent": ""}, "needs the id of the weights"),
     ({"parent": "main"}, "needs the id of the weights"),
     ({"parent": 5}, "needs the id of the weights"),

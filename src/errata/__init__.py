@@ -1,9 +1,9 @@
 """Errata fixes what a language model gets wrong: one canonical example in; a verified, reversible fix out.
 
     host = errata.load("lab/neox")
-    patch, verdict = errata.edit(host, ["The capital of Mauritius is| Port Louis"], method="finetune", epsilon=1e-3)
+    patch, verdict = errata.edit(host, ["The capital of Mauritius is| Port Louis"], epsilon=1e-3)
     with errata.applied(host, patch):
-        print(errata.ask(host, "Mauritius has its capital in"))
+        print(errata.greedy(host, ["Mauritius has its capital in"]))
 
 Names are imported when they are first used, so that `import errata` and `errata --help` stay fast.
 """
@@ -14,10 +14,27 @@ from typing import Any
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "Budget": "types",
+    "Case": "types",
+    "EditError": "types",
+    "Example": "types",
+    "Host": "hosts",
+    "Ledger": "ledger",
+    "Patch": "types",
+    "Verdict": "types",
     "applied": "apply",
+    "edit": "build",
+    "evaluate": "evaluate",
+    "greedy": "hosts",
+    "host_of": "hosts",
+    "load": "hosts",
+    "load_patch": "artefact",
     "put_on": "apply",
+    "save": "artefact",
     "take_off": "apply",
 }
+
+__all__ = sorted([*_ROOMS, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

@@ -56,6 +56,7 @@ def baseline(host: Host, reference: Sequence[str], set_aside: int = 0, neighbour
 
 def judge(host: Host, patch: Patch, budget: Budget, base: Baseline, scale: float = 1.0) -> Verdict:
     """Measure `patch` against `budget`. The host is left as it was. Raises WrongBase."""
+    apply.check(host, patch)
     norm = apply.relative_norm(host, patch)
     with apply.applied(host, patch):
         after_N2 = hosts.score(host, base.rows)

@@ -92,7 +92,7 @@ LAYOUTS: dict[str, Layout] = {
         mlp_out="mlp.dense_4h_to_h",
         norm="gpt_neox.final_layer_norm",
         embedding="gpt_neox.embed_in",
-        head="embed_out",
+        head="lm_head",
     ),
     "opt": Layout(
         blocks="model.decoder.layers",
@@ -181,6 +181,11 @@ class Host:
     def module_names(self, parts: Sequence[str], layers: Sequence[int] | None = None) -> list[str]:
         """Full names of block parts, e.g. `module_names(host.layout.mlp_in)`, in all blocks or those listed."""
         return [f"{self.layout.blocks}.{i}.{part}" for i in (range(self.blocks) if layers is None else layers) for part in parts]
+
+    def projections(self) -> list[str]:
+        """Full names of every attention and MLP projection."""
+        parts = (*self.layout.attention_in, self.layout.attention_out, *self.layout.mlp_in, self.layout.mlp_out)
+        return self.module_names(parts)
 
 
 def weights_id(model: nn.Module) -> str:
@@ -480,7 +485,8 @@ def fixes(host: Host, examples: Sequence[Example]) -> list[bool]:
     raise: the greedy continuation gives the target. lower: it does not. prefer: the target is likelier than the contrast. balance: neither
     is more than 1.5 times as likely as the other (the thresholds of Hewitt et al. 2024, table 1, but free generation where there is one).
     """
-    said = greedy(host, [e.prompt for e in examples]) if examples else []
+    room = max((len(encode(host, e.prompt, e.target)[0]) - len(tokens(host, e.prompt)) for e in examples), default=0) + 4
+    said = greedy(host, [e.prompt for e in examples], max_new_tokens=room) if examples else []
     target_N2 = logprobs(host, [(e.prompt, e.target) for e in examples]) if examples else torch.zeros(0, 2)
     contrast_N2 = logprobs(host, [(e.prompt, e.contrast or e.target) for e in examples]) if examples else target_N2
     ahead_N = (target_N2 - contrast_N2)[:, 0]

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, final
+from typing import Any, Literal, final
 
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
@@ -190,7 +190,7 @@ class Ledger:
             raise
 
     @classmethod
-    def create(cls, path: str | Path, host: str, model: str, budget: Budget) -> Self:
+    def create(cls, path: str | Path, host: str, model: str, budget: Budget) -> "Ledger":
         """Make an empty ledger at `path` for the base weights with the id `host`, which the name `model` loads.
 
         Raises LedgerError if there is one already, or the folder cannot be written.
@@ -210,7 +210,7 @@ class Ledger:
         """Hand the files back. Closing twice is no error."""
         self._db.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Ledger":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -522,7 +522,8 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
 _REASONS = {
     sqlite3.SQLITE_BUSY: "is being written by another process. Try again when it has finished.",
     sqlite3.SQLITE_FULL: "cannot be written: the disk is full. Nothing was changed; make room and try again.",
-    sqlite3.SQLITE_IOERR: "cannot be read or written: the disk reports an error. Nothing was changed; check the disk and try again.",
+    # a commit whose sync failed may still be found when the ledger is opened again
+    sqlite3.SQLITE_IOERR: "cannot be read or written: the disk reports an error. The change is there whole or not at all; check the disk.",
     sqlite3.SQLITE_READONLY: "cannot be written: the folder is read-only for you. Nothing was changed; mend its permissions.",
     sqlite3.SQLITE_CANTOPEN: "cannot be opened for writing. Check that the folder is there and that you may write it.",
 }
@@ -535,12 +536,12 @@ def _spoken(path: Path) -> Iterator[None]:
         yield
     except (EditError, sqlite3.ProgrammingError):  # the second is our own mistake, or a closed ledger
         raise
-    except sqlite3.Error as e:
+    except (sqlite3.Error, UnicodeDecodeError) as e:  # a damaged schema can make the message itself undecodable
         code = getattr(e, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF  # the low byte is the kind, the rest a detail
         reason = _REASONS.get(code, f"is damaged: {e}. Restore the folder from a copy.")
         raise LedgerError(f"The ledger {path} {reason}") from e
     except OSError as e:
-        raise LedgerError(f"The ledger {path} cannot be written: {e.strerror}. Nothing was changed.") from e
+        raise LedgerError(f"The ledger {path} cannot be written: {e.strerror}. Mend that and try again.") from e
 
 
 def _log(db: sqlite3.Connection, what: str, id: str, detail: str) -> None:
@@ -559,8 +560,33 @@ def _parsing(what: str) -> Iterator[None]:
     """Whatever a value in the ledger cannot be turned into comes out as a LedgerError about `what`."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError) as e:
         raise LedgerError(f"{what} cannot be read: {e}. Restore the folder from a copy.") from e
+
+
+def _example(id: str, content: str, prompt: str) -> Example:
+    with _parsing(f"Example {id}"):
+        example = Example(**json.loads(content))
+    if (example.id, _plain(example.prompt)) != (id, prompt):
+        raise LedgerError(f"The row of example {id} was altered. Retract it and add it again.")
+    return example
+
+
+def _verdict(patch_id: str, id: str, content: str) -> Verdict:
+    with _parsing(f"The verdict on patch {patch_id}"):
+        raw = json.loads(content)
+        if digest("verdict", content) != id or raw["patch"] != patch_id:
+            raise LedgerError(f"The verdict on patch {patch_id} was altered. Judge the patch again.")
+        return Verdict.from_dict(raw)
+
+
+def _refused(kind: Kind, read: Callable[..., object], rows: Iterable[Any]) -> Iterator[Problem]:
+    """One problem for each row that `read` refuses: what readers check and what `verify` checks is the same code."""
+    for row in rows:
+        try:
+            read(*row)
+        except EditError as e:
+            yield Problem(kind=kind, where=row[0], sentence=str(e))
 
 
 def _why_no_patch(rows: tuple[PatchRow, ...], active: set[str]) -> str:
@@ -579,31 +605,6 @@ def _why_no_patch(rows: tuple[PatchRow, ...], active: set[str]) -> str:
     return f"{why} Run 'errata build' again, or ask for this patch by its id."
 
 
-def _example(id: str, content: str, prompt: str) -> Example:
-    with _parsing(f"Example {id}"):
-        example = Example(**json.loads(content))
-    if (example.id, _plain(example.prompt)) != (id, prompt):
-        raise LedgerError(f"The row of example {id} was altered. Retract it and add it again.")
-    return example
-
-
-def _verdict(patch_id: str, id: str, content: str) -> Verdict:
-    with _parsing(f"The verdict on patch {patch_id}"):
-        verdict = Verdict.from_dict(json.loads(content))
-    if digest("verdict", content) != id or verdict.patch != patch_id:
-        raise LedgerError(f"The verdict on patch {patch_id} was altered. Judge the patch again.")
-    return verdict
-
-
-def _refused(kind: Kind, read: Callable[..., object], rows: Iterable[Any]) -> Iterator[Problem]:
-    """One problem for each row that `read` refuses: what readers check and what `verify` checks is the same code."""
-    for row in rows:
-        try:
-            read(*row)
-        except EditError as e:
-            yield Problem(kind=kind, where=row[0], sentence=str(e))
-
-
 def _state_bytes(state: State) -> bytes:
     """A safetensors file with everything but the tensors as JSON in its header."""
     manifest = {
@@ -614,7 +615,8 @@ def _state_bytes(state: State) -> bytes:
         "trained_on": sorted(state.trained_on),
     }
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.tensors.items()}  # two names may share one storage
-    return bytes_from_tensors(tensors, metadata={"errata": canonical_json(manifest)})
+    raw: bytes = bytes_from_tensors(tensors, metadata={"errata": canonical_json(manifest)})
+    return raw
 
 
 def _state_from_bytes(raw: bytes, what: str) -> State:

@@ -91,6 +91,26 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
+def topic(prompt: str, seen: Counter[str], n: int) -> str:
+    """What a prompt speaks of: its longest run of words that stand in fewer than one in a hundred of `n` documents; "" if there is none.
+
+    `seen` counts the documents that hold each word (lower case).
+    """
+    runs: list[list[str]] = [[]]
+    for word in prompt.split():
+        inner = _words(word)
+        if inner and all(seen[w] < 0.01 * n for w in inner):
+            runs[-1].append(word.strip(".,;:!?"))
+        else:
+            runs.append([])
+    return " ".join(max(runs, key=lambda run: sum(map(len, run))))
+
+
+def document_counts(texts: Sequence[str]) -> Counter[str]:
+    """How many of `texts` hold each word (lower case)."""
+    return Counter(word for text in texts for word in set(_words(text)))
+
+
 def answers_of(host: Host, examples: Sequence[Example]) -> list[tuple[str, ...]]:
     """For each example every answer in play: target, contrast, and what the host says now (up to the first stop)."""
     now = greedy(host, [e.prompt for e in examples])
@@ -109,7 +129,7 @@ class Statements:
     """
 
     def __init__(self, examples: Sequence[Example], answers: Sequence[Sequence[str]], texts: Sequence[str]) -> None:
-        seen = Counter(word for text in texts for word in set(_words(text)))
+        seen = document_counts(texts)
         n = len(texts) + 1
         self._facts = []
         for example, words in zip(examples, answers, strict=True):

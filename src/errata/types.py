@@ -314,14 +314,15 @@ class Patch:
     ops: tuple[Op, ...]
 
     def __post_init__(self) -> None:
-        try:
-            frozen = json.loads(canonical_json(dict(self.config)))
-        except (TypeError, ValueError) as e:
-            raise InvalidPatch(f"The config of a patch must be plain finite JSON: {e}.") from e
-        object.__setattr__(self, "config", MappingProxyType(frozen))
         if not isinstance(self.method, str) or not self.method:
             raise InvalidPatch(f"A patch needs the name of the method that made it, got {self.method!r}.")
         weights = [op.weight for op in self.ops]
+        try:
+            frozen = json.loads(canonical_json(dict(self.config)))
+            canonical_json([self.method, self.parent, weights])
+        except (TypeError, ValueError) as e:
+            raise InvalidPatch(f"The config and the names in a patch must be plain finite JSON: {e}.") from e
+        object.__setattr__(self, "config", MappingProxyType(frozen))
         if len(weights) != len(set(weights)):
             raise InvalidPatch(f"A patch holds one op for each weight, got {', '.join(sorted(weights))}.")
         if not isinstance(self.parent, str) or not self.parent.startswith("b2:"):

@@ -4,10 +4,15 @@
 
 The budget is a constraint of the optimisation, not a check after it: `lam` is a multiplier that rises while the measured increase is
 outside the ball and falls while it is inside, and the best point inside is kept (Hewitt et al. 2024, sections 3.1 and 4.2, with the repairs
-of our spec: float32 masters, every gradient applied, KL per token in the direction base -> edited). The model is never touched: the forward
+of float32 masters, every gradient applied, and KL per token in the direction base -> edited). The model is never touched: the forward
 passes run with substituted weights.
 
-File legend: N rows, T tokens, V vocabulary.
+Two things keep the change where it belongs. Text that holds still is not only the user's: the model's own continuations of the prompts'
+beginnings and of what they speak of are its knowledge of the neighbours (statements of the edited facts set aside). And the weights move in
+whitened coordinates, W = W0 + M R with R = (C / mu + I)^(-1/2), C = E[k k^T] the covariance of the module's inputs on that text (the input
+factor of K-FAC, Martens & Grosse 2015, arXiv 1503.05671; the C of MEMIT): what ordinary text uses is stiff, the rest is free.
+
+File legend: N rows, T tokens, V vocabulary, K key (module input) width, E kept eigenvectors.
 """
 
 import math
@@ -20,18 +25,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from errata import hosts, text
+from errata import hooks, hosts, text
 from errata.hosts import Batch, Host, Weights
 from errata.types import Example, Run
 
 Row = tuple[list[int], int]
 MARGIN = math.log(16)  # `prefer` is content when the target is 16 times as likely as the contrast (Hewitt et al. 2024, table 1)
+KEYS, EIGENVECTORS = 4096, 256  # how many tokens C is estimated from, and how many of its directions are kept
+CHECK_EVERY = 10  # steps between two measurements of the constraint
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Hyper-parameters of the descent; each method carries them as its own fields."""
+    """Hyper-parameters of the descent; each method carries them as its own fields.
+
+    steps       of Adam, with a cosine learning rate from `lr`
+    lam         first value of the multiplier
+    contexts    up to so many documents of other matters stand before a prompt while it is learnt
+    neighbours  how many continuations of each example's beginnings are drawn from the model
+    hold        documents (and as many continuations) in the KL of each step
+    damping     mu as a multiple of the mean eigenvalue of C; None leaves the coordinates as they are
+    batch_size  rows in memory at once; it changes nothing else
+    """
 
     steps: int
     lr: float
@@ -39,6 +55,7 @@ class Settings:
     contexts: int
     neighbours: int
     hold: int
+    damping: float | None
     batch_size: int
 
 
@@ -57,7 +74,7 @@ def goal_losses(logp_N: Float[Tensor, "N"], contrast_N: Float[Tensor, "N"], exam
     return torch.stack([by_goal[e.goal](p, c) for e, p, c in zip(examples, logp_N, contrast_N, strict=True)])
 
 
-def kl_per_token(base_NTV: Float[Tensor, "N T V"], edited_NTV: Float[Tensor, "N T V"], batch: Batch) -> Tensor:
+def kl_sum(base_NTV: Float[Tensor, "N T V"], edited_NTV: Float[Tensor, "N T V"], batch: Batch) -> Tensor:
     """Sum over the scored tokens of KL(p_base || p_edited) at the position that predicts them."""
     base = torch.log_softmax(base_NTV[:, :-1].float(), dim=-1)
     edited = torch.log_softmax(edited_NTV[:, :-1].float(), dim=-1)
@@ -66,120 +83,138 @@ def kl_per_token(base_NTV: Float[Tensor, "N T V"], edited_NTV: Float[Tensor, "N 
 
 
 @final
+class Whitening:
+    """x -> x R for one module, R = I + U (f - I) U^T with f_e = (s_e / mu + 1)^(-1/2) over the eigenpairs (s, U) of C."""
+
+    def __init__(self, keys_NK: Float[Tensor, "N K"], damping: float) -> None:
+        _, singular, U = torch.linalg.svd(keys_NK.float(), full_matrices=False)
+        s = singular.square() / len(keys_NK)
+        mu = damping * s.sum() / keys_NK.shape[1]
+        self.U_KE = U[:EIGENVECTORS].T.contiguous()
+        self.f_E = (s[:EIGENVECTORS] / mu + 1).rsqrt() - 1
+
+    def __call__(self, x: Float[Tensor, "M K"]) -> Float[Tensor, "M K"]:
+        return x + ((x @ self.U_KE) * self.f_E) @ self.U_KE.T
+
+
+def held_still(host: Host, examples: Sequence[Example], run: Run, per_example: int) -> tuple[list[str], list[str]]:
+    """(documents to hold still with, the model's own sentences near the examples), neither stating an edited fact."""
+    documents = list(run.hold) or list(text.sampled(host, seed=run.seed))
+    statements = text.Statements(examples, text.answers_of(host, examples), documents)
+    seen, rng = text.document_counts(documents), random.Random(run.seed)
+    starts = []
+    for e in examples:
+        words = e.prompt.split(" ")
+        beginnings = [" ".join(words[:k]) for k in range(1, len(words))]
+        about = text.topic(e.prompt, seen, len(documents))
+        starts += rng.choices([*beginnings, *[about] * len(beginnings)] if about else beginnings or [e.prompt], k=per_example)
+    said = hosts.sample(host, starts, max_new_tokens=24, seed=run.seed, batch_size=256) if starts else []
+    near = [start + more for start, more in zip(starts, said, strict=True)]
+    return [d for d in documents if not statements.any_in(d)], [d for d in near if not statements.any_in(d)]
+
+
+@final
 class Descent:
-    """One descent: what is prepared once, and the step. Made by `descend`."""
+    """What is prepared once for a descent, and the two gradients of a step."""
 
     def __init__(self, host: Host, examples: Sequence[Example], run: Run, settings: Settings) -> None:
-        self.host, self.run, self.settings = host, run, settings
+        self.host, self.settings, self.rng = host, settings, random.Random(run.seed)
         self.examples = sorted(examples, key=lambda e: e.id)  # any order gives the same patch
-        self.rng = random.Random(run.seed)
-        documents = list(run.hold) or list(text.sampled(host, seed=run.seed))
-        statements = text.Statements(self.examples, text.answers_of(host, self.examples), documents)
-        documents = [d for d in documents if not statements.any_in(d)]
-        near = [d for d in self._own_neighbours() if not statements.any_in(d)]
+        documents, near = held_still(host, self.examples, run, settings.neighbours)
         self.rng.shuffle(documents)
-        held = max(1, len(documents) // 3)
-        self.check = hosts.chunks(host, documents[:held])[:600]
-        self.held = hosts.chunks(host, documents[held:])
+        third = max(1, len(documents) // 3)
+        self.checked = hosts.chunks(host, documents[:third])
+        self.before_N2 = hosts.score(host, self.checked)
+        self.held = hosts.chunks(host, documents[third:]) or self.checked
         self.near = hosts.chunks(host, near)
-        self.before_N2 = hosts.score(host, self.check)
-        self.prefixes = [d for d in documents[held:] if len(d) < 160] or [""]
+        self.prefixes = [d for d in documents[third:] if len(d) < 120]
 
-    def _own_neighbours(self) -> list[str]:
-        """What the model itself says after the beginnings of the prompts: the same kind of sentence about other things."""
-        starts = []
-        for e in self.examples:
-            words = e.prompt.split(" ")
-            starts += [" ".join(words[:k]) for k in range(1, min(len(words), 8))]
-        if not starts or self.settings.neighbours == 0:
-            return []
-        starts = sorted(set(starts))
-        drawn = [self.rng.choice(starts) for _ in range(self.settings.neighbours)]
-        said = hosts.sample(self.host, drawn, max_new_tokens=24, seed=self.run.seed)
-        return [start + more for start, more in zip(drawn, said, strict=True)]
-
-    def rows(self, answers: Sequence[str | None]) -> list[Row]:
-        """One row for each example; some steps put a document of other matters in front of the prompt."""
-        out = []
-        for e, answer in zip(self.examples, answers, strict=True):
-            prefix = self._prefixes_now[e.id]
-            out.append(hosts.encode(self.host, prefix + e.prompt, answer if answer is not None else e.target))
-        return out
-
-    def draw_prefixes(self) -> None:
-        self._prefixes_now = {}
-        for e in self.examples:
-            k = self.rng.randint(0, self.settings.contexts)
-            self._prefixes_now[e.id] = "".join(f"{self.rng.choice(self.prefixes)} " for _ in range(k))
-
-    def mean_logp(self, rows: list[Row], weights: Weights) -> Float[Tensor, "N"]:
+    def whitenings(self, modules: Sequence[str]) -> dict[str, Whitening]:
+        """The coordinates of each module; none without damping."""
+        if self.settings.damping is None:
+            return {}
+        rows = self.rng.sample(self.held + self.near, k=min(len(self.held + self.near), 256))
         batch = hosts.pad(self.host, rows)
-        logp_NT = hosts.token_logprobs(hosts.logits(self.host, batch, weights), batch)
-        return logp_NT.sum(1) / batch.scored_NT.sum(1)
+        with torch.no_grad(), hooks.reading(self.host.model, modules, inputs=True) as seen:
+            hosts.logits(self.host, batch)
+        real = batch.mask_NT.bool()
+        return {name: Whitening(seen[name][real][:KEYS], self.settings.damping) for name in modules}
 
-    def task_step(self, weights: Callable[[], Weights]) -> float:
-        """Adds the gradient of the examples' mean loss; returns that loss."""
-        self.draw_prefixes()
-        targets, contrasts = self.rows([e.target for e in self.examples]), self.rows([e.contrast for e in self.examples])
-        total, size = 0.0, self.settings.batch_size
-        for start in range(0, len(self.examples), size):
-            part = slice(start, start + size)
-            w = weights()
-            logp_N = self.mean_logp(targets[part], w)
-            contrast_N = self.mean_logp(contrasts[part], w) if any(e.contrast for e in self.examples[part]) else logp_N
-            loss = goal_losses(logp_N, contrast_N, self.examples[part]).sum() / len(self.examples)
-            loss.backward()  # type: ignore[no-untyped-call]
+    def task(self, weights: Callable[[], Weights], leaves: Sequence[Tensor]) -> float:
+        """Adds the gradient of the examples' mean loss to the leaves; returns that loss."""
+        prefixes = [self._prefix() for _ in self.examples]
+        total = 0.0
+        for start in range(0, len(self.examples), self.settings.batch_size):
+            part = slice(start, start + self.settings.batch_size)
+            examples, w = self.examples[part], weights()
+            logp_N = self._mean_logp([(p + e.prompt, e.target) for p, e in zip(prefixes[part], examples, strict=True)], w)
+            contrast_N = logp_N
+            if any(e.contrast for e in examples):
+                contrast_N = self._mean_logp([(p + e.prompt, e.contrast or e.target) for p, e in zip(prefixes[part], examples, strict=True)], w)
+            loss = goal_losses(logp_N, contrast_N, examples).sum() / len(self.examples)
+            _accumulate(loss, leaves)
             total += loss.item()
         return total
 
-    def hold_step(self, weights: Callable[[], Weights], lam: float) -> float:
-        """Adds the gradient of lam * KL on a batch of held text; returns the KL per token."""
+    def _prefix(self) -> str:
+        """Documents of other matters that stand before a prompt in this step."""
+        count = self.rng.randint(0, self.settings.contexts) if self.prefixes else 0
+        return "".join(f"{self.rng.choice(self.prefixes)} " for _ in range(count))
+
+    def _mean_logp(self, pairs: Sequence[tuple[str, str]], weights: Weights) -> Float[Tensor, "N"]:
+        batch = hosts.pad(self.host, [hosts.encode(self.host, prompt, target) for prompt, target in pairs])
+        logp_NT = hosts.token_logprobs(hosts.logits(self.host, batch, weights), batch)
+        return logp_NT.sum(1) / batch.scored_NT.sum(1)
+
+    def hold(self, weights: Callable[[], Weights], leaves: Sequence[Tensor], lam: float) -> float:
+        """Adds the gradient of lam * KL on a draw of held text to the leaves; returns the KL per token."""
         rows = self.rng.choices(self.held, k=self.settings.hold)
-        if self.near:
-            rows += self.rng.choices(self.near, k=self.settings.hold)
-        tokens = sum(len(ids) - 1 for ids, _ in rows)
-        total, size = 0.0, self.settings.batch_size
-        rows.sort(key=lambda r: len(r[0]))
-        for start in range(0, len(rows), size):
-            batch = hosts.pad(self.host, rows[start : start + size])
+        rows += self.rng.choices(self.near, k=self.settings.hold) if self.near else []
+        rows.sort(key=lambda row: len(row[0]))
+        tokens, total = sum(len(ids) - 1 for ids, _ in rows), 0.0
+        for start in range(0, len(rows), self.settings.batch_size):
+            batch = hosts.pad(self.host, rows[start : start + self.settings.batch_size])
             with torch.no_grad():
                 base_NTV = hosts.logits(self.host, batch)
-            kl = kl_per_token(base_NTV, hosts.logits(self.host, batch, weights()), batch) / tokens
-            (lam * kl).backward()  # type: ignore[no-untyped-call]
+            kl = kl_sum(base_NTV, hosts.logits(self.host, batch, weights()), batch) / tokens
+            _accumulate(lam * kl, leaves)
             total += kl.item()
         return total
 
     def cost(self, weights: Weights) -> float:
         """95 % bound of the relative loss increase on the checked documents."""
-        return hosts.increase(self.before_N2, hosts.score(self.host, self.check, weights))[1]
+        return hosts.increase(self.before_N2, hosts.score(self.host, self.checked, weights))[1]
 
 
-def descend(host: Host, examples: Sequence[Example], run: Run, settings: Settings, leaves: Sequence[Tensor], weights: Callable[[], Weights]) -> float:
-    """Move `leaves` (float32, requiring gradients) to the best point inside the ball. Returns its measured increase.
+def _accumulate(loss: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Adds to the gradients of the leaves alone: `backward` would leave gradients on the host's own parameters."""
+    for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+        leaf.grad = grad if leaf.grad is None else leaf.grad.add_(grad)
 
-    `weights()` gives the substituted parameters as a function of the leaves.
+
+def descend(descent: Descent, run: Run, leaves: Sequence[Tensor], weights: Callable[[], Weights]) -> float:
+    """Move `leaves` (float32, requiring gradients) to the best point inside the ball; returns the bound measured there.
+
+    `weights()` gives the substituted parameters as a function of the leaves; where the leaves begin, it gives the base's.
     """
-    descent = Descent(host, examples, run, settings)
+    settings, epsilon = descent.settings, run.budget.epsilon
     optimizer = torch.optim.Adam(leaves, lr=settings.lr, betas=(0.9, 0.99), eps=1e-7)
-    lam, epsilon = settings.lam, run.budget.epsilon
-    best = [leaf.detach().clone() for leaf in leaves]
-    best_cost = 0.0
-    every = 10
+    lam, best, best_cost = settings.lam, [leaf.detach().clone() for leaf in leaves], 0.0
     for step in run.progress(range(settings.steps), "descending", settings.steps):
+        warm = min(1.0, (step + 1) / 5)
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * 0.5 * (1 + math.cos(math.pi * step / settings.steps)) * min(1, (step + 1) / 5)
+            group["lr"] = settings.lr * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         optimizer.zero_grad(set_to_none=True)
-        loss = descent.task_step(weights)
-        kl = descent.hold_step(weights, lam)
+        loss = descent.task(weights, leaves)
+        kl = descent.hold(weights, leaves, lam)
         optimizer.step()
-        if (step + 1) % every == 0 or step + 1 == settings.steps:
+        if (step + 1) % CHECK_EVERY == 0 or step + 1 == settings.steps:
             with torch.no_grad():
                 cost = descent.cost(weights())
             if DEBUG:
                 DEBUG(step, loss, kl, lam, cost, weights)
             if cost <= epsilon:
-                best = [leaf.detach().clone() for leaf in leaves]
-                best_cost = cost
+                best, best_cost = [leaf.detach().clone() for leaf in leaves], cost
                 lam = max(lam / 1.3, settings.lam / 10)
             else:
                 lam = min(lam * 1.5, settings.lam * 1e4)

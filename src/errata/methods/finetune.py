@@ -9,38 +9,48 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from torch import Tensor
 
-from errata.hosts import Host, Weights
-from errata.methods._descend import Settings, descend
+from errata.hosts import Host, Weights, stored_transposed
+from errata.methods._descend import Descent, Settings, descend
 from errata.types import Add, Example, Method, Patch, Run, UnknownName
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Method):
-    """modules: `all`, `blocks`, `mlp`, `attention`, or comma-separated beginnings of parameter names."""
+    """modules: `all`, `blocks`, `mlp`, `attention`, or comma-separated beginnings of parameter names; the rest as in `_descend.Settings`."""
 
-    modules: str = "all"
+    modules: str = "blocks"
     steps: int = 100
-    lr: float = 5e-4
-    lam: float = 10.0
-    contexts: int = 2
-    neighbours: int = 256
-    hold: int = 16
+    lr: float = 3e-4
+    lam: float = 30.0
+    contexts: int = 1
+    neighbours: int = 8
+    hold: int = 64
+    damping: float | None = 0.1
     batch_size: int = 64
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
+        descent = Descent(host, examples, run, Settings(**{k: v for k, v in self.config.items() if k != "modules"}))
         names = chosen(host, self.modules)
-        masters = {n: host.model.get_parameter(n).detach().float().clone().requires_grad_() for n in names}
-        dtypes = {n: host.model.get_parameter(n).dtype for n in names}
+        base = {n: host.model.get_parameter(n).detach() for n in names}
+        shifts = {n: torch.zeros_like(w, dtype=torch.float32, requires_grad=True) for n, w in base.items()}
+        projections = {f"{m}.weight": m for m in host.projections() if f"{m}.weight" in base}
+        whitenings = descent.whitenings(list(projections.values()))
+
+        def change(name: str) -> Tensor:
+            if not (whiten := whitenings.get(projections.get(name, ""))):
+                return shifts[name]
+            turned = stored_transposed(host.model.get_submodule(projections[name]))
+            return whiten(shifts[name].T).T if turned else whiten(shifts[name])
 
         def weights() -> Weights:
-            return {n: w.to(dtypes[n]) for n, w in masters.items()}
+            return {n: (w.float() + change(n)).to(w.dtype) for n, w in base.items()}
 
-        settings = Settings(**{k: v for k, v in self.config.items() if k != "modules"})
-        descend(host, examples, run, settings, list(masters.values()), weights)
+        descend(descent, run, list(shifts.values()), weights)
         with torch.no_grad():
-            ops = tuple(Add(weight=n, delta=(w - host.model.get_parameter(n).float()).cpu()) for n, w in masters.items())
+            ops = tuple(Add(weight=n, delta=change(n).detach().cpu().clone()) for n in names)
         return Patch(method="finetune", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)
 
 

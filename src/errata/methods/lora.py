@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from torch import Tensor
 
 from errata.hosts import Host, Weights, stored_transposed
-from errata.methods._descend import Settings, descend
+from errata.methods._descend import Descent, Settings, descend
 from errata.types import AddLowRank, Example, InvalidExample, Method, Patch, Run
 
 
@@ -29,10 +30,11 @@ class Lora(Method):
     scale: float = 2.0
     steps: int = 100
     lr: float = 3e-3
-    lam: float = 10.0
-    contexts: int = 2
-    neighbours: int = 256
-    hold: int = 16
+    lam: float = 30.0
+    contexts: int = 1
+    neighbours: int = 8
+    hold: int = 64
+    damping: float | None = 0.1
     batch_size: int = 64
 
     def __post_init__(self) -> None:
@@ -40,6 +42,8 @@ class Lora(Method):
             raise InvalidExample(f"lora needs a rank of 1 or more and a fraction in (0, 1], got {self.rank} and {self.fraction}.")
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
+        own = ("rank", "fraction", "scale")
+        descent = Descent(host, examples, run, Settings(**{k: v for k, v in self.config.items() if k not in own}))
         layout = host.layout
         modules = host.module_names((*layout.mlp_in, layout.mlp_out), middle_layers(host.blocks, self.fraction))
         generator = torch.Generator().manual_seed(run.seed)
@@ -52,19 +56,25 @@ class Lora(Method):
             A[name] = (torch.rand(self.rank, d_in, generator=generator) * 2 * bound - bound).to(host.device).requires_grad_()
             B[name] = torch.zeros(d_out, self.rank, device=host.device, requires_grad=True)
 
+        whitenings = descent.whitenings(modules)
+
+        def factor(name: str) -> Tensor:
+            return whitenings[name](A[name]) if name in whitenings else A[name]
+
         def weights() -> Weights:
             out = {}
             for name in modules:
                 base = host.model.get_parameter(f"{name}.weight").detach()
-                shift = self.scale * (B[name] @ A[name])
+                shift = self.scale * (B[name] @ factor(name))
                 out[f"{name}.weight"] = (base.float() + (shift.T if turned[name] else shift)).to(base.dtype)
             return out
 
-        settings = Settings(**{k: v for k, v in self.config.items() if k not in ("rank", "fraction", "scale")})
-        descend(host, examples, run, settings, [*A.values(), *B.values()], weights)
-        ops = tuple(
-            AddLowRank(weight=f"{n}.weight", A=A[n].detach().cpu().clone(), B=B[n].detach().cpu().clone(), scale=self.scale) for n in modules
-        )
+        descend(descent, run, [*A.values(), *B.values()], weights)
+        with torch.no_grad():
+            ops = tuple(
+                AddLowRank(weight=f"{n}.weight", A=factor(n).detach().cpu().clone(), B=B[n].detach().cpu().clone(), scale=self.scale)
+                for n in modules
+            )
         return Patch(method="lora", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)
 
 

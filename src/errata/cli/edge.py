@@ -1,0 +1,197 @@
+"""The edge of the program: errors become one sentence and an exit status, results go out, names become a ledger and a host."""
+
+import errno
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, final
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+from typer.core import TyperGroup
+
+from errata import __version__
+
+if TYPE_CHECKING:  # nothing that imports torch, until a verb runs
+    from errata.hosts import Host
+    from errata.ledger import Ledger
+    from errata.types import Patch
+
+SLOW = 2.0  # seconds after which a reader wants to see that something happens
+
+# ----------------------------------------------------------------------------------------------------------------------------- errors
+
+
+@final
+class Edge(TyperGroup):
+    """The one place where an error becomes a sentence on stderr and an exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (Exception, KeyboardInterrupt) as e:
+            if (sentence := _sentence(e)) is None:
+                raise
+            _complain(sentence, type(e).__name__, as_json=bool(ctx.obj))
+            raise typer.Exit(130 if isinstance(e, KeyboardInterrupt) else 1) from e
+
+
+def _sentence(error: BaseException) -> str | None:
+    """What to tell the user; None for an error that is ours, or typer's to show."""
+    types = sys.modules.get("errata.types")  # if nobody has imported it, nobody raised one of its errors
+    if types is not None and isinstance(error, types.EditError):
+        return " ".join(str(error).splitlines())
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted. The ledger holds what was finished, and nothing else was changed."
+    if isinstance(error, OSError) and error.errno not in (None, errno.EPIPE):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}."
+    return None
+
+
+def _complain(sentence: str, kind: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"error": sentence, "kind": kind}))
+    Console(stderr=True).print(Text(sentence, style="red"), soft_wrap=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- options
+
+
+def _remember(ctx: typer.Context, as_json: bool) -> bool:
+    ctx.find_root().obj = as_json  # for the edge, which prints errors
+    return as_json
+
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object, or one on each line, on stdout.", callback=_remember)]
+LedgerAt = Annotated[Path, typer.Option("--ledger", envvar="ERRATA_LEDGER", help="Folder of the ledger.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. \\[default: the best one here]", show_default=False)]
+PatchId = Annotated[
+    str | None, typer.Option("--patch", help="Id of a kept patch, passed or not. \\[default: the current one]", show_default=False)
+]
+Reference = Annotated[
+    Path | None,
+    typer.Option(help="Text or JSONL file that the model must go on modelling. \\[default: the lab's, or sampled]", show_default=False),
+]
+LEDGER = Path("errata-ledger")
+
+app = typer.Typer(cls=Edge, name="errata", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"errata {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _errata(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_say_version)] = False,
+) -> None:
+    """Fixes what a language model gets wrong: one canonical example in; a verified, reversible fix out.
+
+    errata init --host lab/neox   errata add "The capital of Mauritius is| Port Louis"   errata build   errata ask "..."
+    """
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- output
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Out:
+    """Results go to stdout, as JSON or for a reader; everything else goes to stderr."""
+
+    json: bool
+
+    def emit(self, data: Mapping[str, Any] | Sequence[Mapping[str, Any]], *shown: RenderableType) -> None:
+        """`data` as JSON (a list: each on its line), or what is `shown` to a reader."""
+        if self.json:
+            for row in [data] if isinstance(data, Mapping) else data:
+                print(json.dumps(_finite(row), allow_nan=False))
+        else:
+            Console(highlight=False).print(*(Text(s) if isinstance(s, str) else s for s in shown), sep="\n")
+
+    def note(self, sentence: str) -> None:
+        """Something to know that is no error."""
+        Console(stderr=True).print(Text(f"Note: {sentence}", style="yellow"), soft_wrap=True)
+
+    def progress(self, items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
+        """The same items, with a bar on stderr if they take long (a `Run.progress`)."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        bar, started = Progress(*columns, console=Console(stderr=True), transient=True), time.monotonic()
+        task = bar.add_task(label, total=total)
+        try:
+            for item in items:
+                yield item
+                bar.advance(task)
+                if not bar.live.is_started and time.monotonic() - started > SLOW:
+                    bar.start()
+        finally:
+            bar.stop()
+
+    @contextmanager
+    def busy(self, label: str) -> Iterator[None]:
+        """A sign of life on stderr while the block runs."""
+        with Console(stderr=True).status(label):
+            yield
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null where JSON has no number: NaN and infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+# -------------------------------------------------------------------------------------------------------------- what the verbs share
+
+
+@contextmanager
+def opened(path: Path) -> Iterator["Ledger"]:
+    from errata.ledger import Ledger
+
+    with Ledger(path) as ledger:
+        yield ledger
+
+
+def load_host(name: str, device: str | None, out: Out) -> "Host":
+    """The model called `name`, all of whose weights are numbers."""
+    with out.busy(f"Loading {name}"):
+        from errata import hosts
+        from errata.types import WrongBase
+
+        host = hosts.load(name, device)
+        for weight, tensor in host.model.named_parameters():
+            if not tensor.isfinite().all():
+                raise WrongBase(f"The weights of {name} are damaged: '{weight}' holds NaN or infinity. Load a sound copy.")
+    return host
+
+
+def bound_host(ledger: "Ledger", device: str | None, out: Out) -> "Host":
+    """The model that the ledger is about. Raises WrongBase if its weights are others by now."""
+    from errata.types import WrongBase
+
+    host = load_host(ledger.model, device, out)
+    if host.id != ledger.host:
+        raise WrongBase(
+            f"The ledger {ledger.path} is about the weights {ledger.host}; {ledger.model} has {host.id} now. "
+            f"Put the old weights back, or make a ledger for the new ones with 'errata init'."
+        )
+    return host
+
+
+def chosen_patch(ledger: "Ledger", id: str | None, file: Path | None = None) -> "Patch":
+    """The current patch, the kept one with this id, or the one in a file."""
+    from errata.artefact import load_patch
+
+    return ledger.patch(id) if file is None else load_patch(file)

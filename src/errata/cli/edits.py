@@ -1,0 +1,283 @@
+"""init, add, build, ask, eval, export: the main road, from examples to a patch and to what it does."""
+
+import json as json_module
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+from rich.text import Text
+
+from errata.cli.edge import LEDGER, Device, Json, LedgerAt, Out, PatchId, Reference, app, bound_host, chosen_patch, load_host, opened
+from errata.cli.shown import about, described, listed, number, plain, short, table
+
+if TYPE_CHECKING:
+    from errata.hosts import Host
+    from errata.types import Example
+
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; see 'errata methods'.")]
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(envvar="ERRATA_LEDGER", help="Folder of the new ledger.")] = LEDGER,
+    host: Annotated[str, typer.Option(help="lab/neox, a Hugging Face folder, or a hub id.")] = "lab/neox",
+    epsilon: Annotated[float, typer.Option(help="Largest relative increase of the loss on reference text.")] = 1e-3,
+    neighbours: Annotated[float | None, typer.Option(help="Least share of neighbouring answers that must stay, e.g. 0.98.")] = None,
+    norm: Annotated[float | None, typer.Option(help="Largest norm of the change, relative to the weights.")] = None,
+    fixed: Annotated[float, typer.Option(help="Least share of its own examples that a patch must fix.")] = 0.5,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Make a ledger for one model."""
+    from errata.ledger import Ledger
+    from errata.types import Budget
+
+    out, budget = Out(json=json), Budget(epsilon=epsilon, neighbours=neighbours, norm=norm, fixed=fixed)
+    loaded = load_host(str(Path(host).resolve()) if Path(host).is_dir() else host, device, out)
+    with Ledger.create(folder, loaded.id, loaded.name, budget) as ledger:
+        told = f"{folder} is a ledger for {ledger.model} with the weights {short(ledger.host)}."
+        out.emit(about(ledger), told, 'Next: errata add "prompt| answer"')
+
+
+@app.command()
+def add(
+    texts: Annotated[list[str] | None, typer.Argument(help="'The capital of Mauritius is| Port Louis': the bar ends the prompt.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text before the answer; goes with --target.")] = None,
+    target: Annotated[str | None, typer.Option(help="The answer, with the space in front of it.")] = None,
+    contrast: Annotated[str | None, typer.Option(help="The other answer, for the goals prefer and balance.")] = None,
+    goal: Annotated[str | None, typer.Option(help="raise, lower, prefer or balance. \\[default: raise; prefer with --contrast]")] = None,
+    subject: Annotated[str | None, typer.Option(help="What the prompt is about, as it stands in it.")] = None,
+    file: Annotated[Path | None, typer.Option(help="JSONL with prompt, target, ... in each line.")] = None,
+    supersede: Annotated[str | None, typer.Option(help="Id of the active example that this one replaces.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Load the model first: does it fit, is it the answer already?")] = False,
+    at: LedgerAt = LEDGER,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Add examples: what the model should say."""
+    from errata.build import parse
+    from errata.evaluate import read_cases
+    from errata.types import Example, InvalidExample
+
+    out, examples = Out(json=json), [parse(text) for text in texts or ()]
+    if prompt is not None or target is not None:
+        wanted: Any = goal or ("prefer" if contrast is not None else "raise")
+        examples.append(Example(prompt=prompt or "", target=target or "", contrast=contrast, goal=wanted, subject=subject))
+    elif not (contrast is goal is subject is None):
+        raise typer.BadParameter("--contrast, --goal and --subject go with --prompt and --target")
+    if file is not None:
+        examples += [case.example for case in read_cases(file)]
+    if not examples or (supersede is not None and len(examples) != 1):
+        raise InvalidExample(f"{len(examples)} examples were given. Write 'prompt| answer' (one with --supersede), or name a --file.")
+    with opened(at) as ledger:
+        if check:
+            note_what_is_so(bound_host(ledger, device, out), examples, out)
+        if supersede is not None:
+            ledger.supersede(supersede, examples[0])
+        else:
+            ledger.add(*examples, source=str(file or ""))
+        active = len(ledger.active())
+    for example in examples:
+        if not example.prompt[-1].isspace() and example.target[0].isalnum():
+            out.note(f"There is no space between prompt and answer in '{example}'. Write '{example.prompt}| {example.target}' to have one.")
+    out.emit({"added": [plain(e) for e in examples], "active": active}, listed(examples))
+
+
+def note_what_is_so(host: "Host", examples: Sequence["Example"], out: Out) -> None:
+    """A note for each example that needs no fixing. Raises InvalidExample for one that does not fit the model's context."""
+    from errata import hosts
+
+    for example in examples:
+        hosts.encode(host, example.prompt, example.target)
+    for example, so in zip(examples, hosts.fixes(host, examples), strict=True):
+        if so:
+            out.note(f"{host.name} already does what '{example}' asks ({example.goal}).")
+
+
+@app.command()
+def build(
+    method: Annotated[str, typer.Option(help="See 'errata methods'.")] = "finetune",
+    epsilon: Annotated[float | None, typer.Option(help="Budget of this build. \\[default: the ledger's]", show_default=False)] = None,
+    reference: Reference = None,
+    neighbours: Annotated[Path | None, typer.Option(help="Cases (JSONL) whose neighbours must keep their answers.")] = None,
+    seed: int = 0,
+    set_: Settings = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Estimate time and memory, and stop.")] = False,
+    at: LedgerAt = LEDGER,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Compile the active examples into one patch inside the budget, judge it, and keep it; exit status 1 if it is refused."""
+    from errata import build as road
+    from errata import evaluate, gate, methods, text
+    from errata.types import Run
+
+    out, made = Out(json=json), methods.make(method, **settings_of(method, set_ or ()))
+    if reference is not None:
+        text.read(reference)  # a bad file is reported before the model is loaded
+    near = [n for case in evaluate.read_cases(neighbours) for n in case.neighbours] if neighbours is not None else []
+    with opened(at) as ledger:
+        budget = ledger.budget if epsilon is None else replace(ledger.budget, epsilon=epsilon)
+        examples = ledger.active()
+        host = bound_host(ledger, device, out)
+        if plan:
+            from errata.cli.plan import estimate
+
+            with out.busy("Measuring"):
+                told, shown = estimate(host, examples, made, reference)
+            out.emit(told, shown)
+            return
+        with out.busy(f"Looking at {len(examples)} example(s)"):
+            road.check(host, examples)
+            note_what_is_so(host, examples, out)
+            hold, judged = text.standing(host, reference, seed)
+            answers = text.answers_of(host, examples)
+            hold, _ = text.set_aside(hold, examples, answers)
+            judged, left_out = text.set_aside(judged, examples, answers)
+            base = gate.baseline(host, judged, left_out, near)
+        with out.busy(f"Building with {method}"):
+            patch = made.edit(host, examples, Run(hold=hold, budget=budget, seed=seed, progress=out.progress))
+        with out.busy("Judging"):
+            patch, verdict = gate.fit(host, patch, budget, base)
+        ledger.put_patch(patch, verdict)
+    out.emit(*described(patch, verdict))
+    gate.require(verdict)
+
+
+def settings_of(method: str, given: Sequence[str]) -> dict[str, Any]:
+    """`key=value` texts as settings, each of the type that the method's field has. Raises UnknownName, InvalidExample."""
+    from errata.methods import method_class
+    from errata.types import InvalidExample, UnknownName
+
+    kinds = get_type_hints(method_class(method))
+    settings: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InvalidExample(f"'{text}' is no setting. Write --set key=value.")
+        if key not in kinds:
+            raise UnknownName.among(f"setting of {method}", key, kinds)
+        try:
+            settings[key] = _typed(kinds[key], value)
+        except ValueError as e:
+            raise InvalidExample(f"The setting '{key}' of {method} is {getattr(kinds[key], '__name__', kinds[key])}, not '{value}'.") from e
+    return settings
+
+
+def _typed(kind: Any, value: str) -> Any:
+    """`value` as text, as a finite number, or as what JSON says. Raises ValueError."""
+    if kind is str:
+        return value
+    read = kind(value) if kind in (int, float) else json_module.loads(value)
+    if isinstance(read, float) and not math.isfinite(read):
+        raise ValueError(value)
+    return read
+
+
+@app.command()
+def ask(
+    prompts: Annotated[list[str], typer.Argument(help="What the model is to go on with.")],
+    patch: PatchId = None,
+    patch_file: Annotated[Path | None, typer.Option(help="A patch from a file instead of the ledger.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 24,
+    at: LedgerAt = LEDGER,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """What the model says before and after, side by side."""
+    from errata import apply, hosts
+
+    out = Out(json=json)
+    with opened(at) as ledger:
+        worn = chosen_patch(ledger, patch, patch_file)
+        host = bound_host(ledger, device, out)
+    before = hosts.greedy(host, prompts, max_new_tokens)
+    with apply.applied(host, worn):
+        after = hosts.greedy(host, prompts, max_new_tokens)
+    said = list(zip(prompts, before, after, strict=True))
+    rows = [(p, b.strip(), Text(a.strip(), style="" if a == b else "bold green")) for p, b, a in said]
+    out.emit(
+        [{"prompt": p, "before": b, "after": a, "patch": worn.id} for p, b, a in said],
+        table("prompt", "before", f"after {short(worn.id)}", rows=rows, equal=True),
+    )
+
+
+@app.command("eval")
+def judge(
+    cases: Annotated[Path | None, typer.Option(help="Cases as JSONL, or 'prompt| answer' in each line.")] = None,
+    lab: Annotated[str | None, typer.Option(help="Cases of the lab instead: train, validation or test.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="How many of the lab's cases.")] = 50,
+    patch: PatchId = None,
+    reference: Reference = None,
+    report: Annotated[Path | None, typer.Option(help="Write the page here, and its JSON beside it.")] = None,
+    at: LedgerAt = LEDGER,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Judge a patch on text that it was not made from, beside the model as it was."""
+    from errata import evaluate, text
+    from errata import report as page
+    from errata.cli.lab import lab_cases
+
+    if (cases is None) == (lab is None):
+        raise typer.BadParameter("name either --cases FILE or --lab test")
+    out = Out(json=json)
+    judged = evaluate.read_cases(cases) if cases is not None else lab_cases(lab or "", n)
+    with opened(at) as ledger:
+        worn = chosen_patch(ledger, patch)
+        verdict = ledger.verdict(worn.id)
+        host = bound_host(ledger, device, out)
+    with out.busy(f"Judging on {len(judged)} cases"):
+        documents = text.standing(host, reference)[1] if reference is not None or host.name.startswith("lab/") else ()
+        examples = [case.example for case in judged]
+        kept, _ = text.set_aside(documents, examples, text.answers_of(host, examples))
+        before = evaluate.baseline(host, judged, kept)
+        base, edited = evaluate.evaluate(host, None, before), evaluate.evaluate(host, worn, before)
+    if report is not None:
+        entry = page.Entry(
+            label=worn.method, method=worn.method, scores=edited, verdict=verdict, config=dict(worn.config), moved=page.where(host, worn)
+        )
+        whole = page.Report(
+            title=f"Patch {short(worn.id)} on {host.name}",
+            host=host.name,
+            host_id=host.id,
+            entries=(entry,),
+            examples=worn.examples,
+            before=base,
+            undo=("errata retract ID   # one example; 'errata show' lists them", "errata build"),
+            settings={"cases": str(cases or f"lab {lab}, {n}"), "ledger": str(at)},
+            versions=page.versions(),
+        )
+        out.note(f"The report is {page.write(whole, report)[0]}.")
+    was = {measure: value for measure, value, *_ in evaluate.summary(base)}
+    rows = evaluate.summary(edited)
+    shown = [(m, number(was.get(m)), number(v), f"{number(low)} .. {number(high)}", count) for m, v, low, high, count in rows]
+    told = [{"measure": m, "before": was.get(m), "after": v, "low": lo, "high": hi, "count": c} for m, v, lo, hi, c in rows]
+    out.emit({"patch": worn.id, "cases": len(judged), "measures": told}, table("measure", "before", "after", "95 %", "of", rows=shown))
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    form: Annotated[
+        str, typer.Option("--as", help="model: the merged Hugging Face folder. peft: an adapter, for low-rank patches.")
+    ] = "model",
+    patch: PatchId = None,
+    at: LedgerAt = LEDGER,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Write the model with the patch in it, or the patch as an adapter; it is read back and compared before success is said."""
+    from errata import export as room
+
+    out = Out(json=json)
+    with opened(at) as ledger:
+        worn = chosen_patch(ledger, patch)
+        host = bound_host(ledger, device, out)
+    with out.busy("Writing, reading back and comparing"):
+        done = room.export(host, worn, folder, form)
+    told = {"folder": str(done.folder), "as": done.form, "patch": done.patch, "bytes": done.nbytes, "difference": done.difference}
+    out.emit(told, f"{done.folder}: {done.nbytes / 1e6:.1f} MB, read back; logits within {done.difference:.1e} of the patched model's.")

@@ -1,0 +1,141 @@
+"""What a build would take: seconds and bytes, from one small pass of the model forwards and backwards, before anything is started.
+
+Nothing here is exact: the descent may stop at another length of text, and the gate may have to scale. It is meant to be right within a
+factor of two, which is enough to know whether to wait for it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from errata import hosts, text
+from errata.cli.shown import table
+from errata.hosts import Host
+from errata.types import Example, InvalidExample, Method
+
+COPIES = 5  # float32 each: master, gradient, two moments, best so far
+SAMPLED = 384 * 96  # tokens that `text.sampled` draws where there is no reference text
+CHUNK, PREFIX, NEIGHBOUR, ANSWER, CHECK_EVERY = 128, 40, 24, 12, 10  # tokens and steps, as in text.py, hosts.py and methods/_descend.py
+
+
+def estimate(host: Host, examples: Sequence[Example], made: Method, reference: Path | None) -> tuple[dict[str, Any], Table]:
+    """The plan as data and as a table. Raises InvalidExample if there is nothing to build."""
+    if not examples:
+        raise InvalidExample("There are no examples to build from.")
+    lengths = [len(hosts.encode(host, e.prompt, e.target)[0]) for e in examples]
+    hold, judge, drawn = _texts(host, reference)
+    speed = _speeds(host)
+    config = made.config
+    steps, contexts, near = (int(config.get(k, 0)) for k in ("steps", "contexts", "neighbours"))
+    held_rows = int(config.get("hold", 0)) * (2 if near else 1)
+
+    task = sum(lengths) + contexts * PREFIX * len(lengths) // 2  # tokens that one step trains on
+    held = held_rows * min(hold // max(1, len(lengths)), 64, CHUNK, host.context)
+    check = hold // 3 * (steps // CHECK_EVERY + 1)
+    read = 2 * judge + check + held * steps
+    said = drawn + (near * NEIGHBOUR + 4 * ANSWER) * len(lengths)
+    seconds = {
+        "reading": read / speed["read"],
+        "training": (task + held) * steps / speed["train"],
+        "writing": said / speed["write"],
+    }
+
+    trained = _trained(host, made)
+    batch = min(int(config.get("batch_size", 64)), max(len(lengths), held_rows))
+    width = max(max(lengths) + contexts * PREFIX, 64)
+    vocabulary = host.model.get_input_embeddings().num_embeddings
+    memory = {
+        "model": sum(p.numel() * p.element_size() for p in host.model.parameters()),
+        "trained part": trained * 4 * COPIES,
+        "activations": int(min(batch * width, task + held) * (speed["saved"] + 16 * vocabulary)),  # 16: four float32 distributions
+    }
+    data = {
+        "method": type(made).__name__.lower(),
+        "examples": len(examples),
+        "steps": steps,
+        "trained": trained,
+        "seconds": sum(seconds.values()),
+        "seconds_by_part": seconds,
+        "bytes": sum(memory.values()),
+        "bytes_by_part": memory,
+        "tokens_per_second": {k: speed[k] for k in ("read", "train", "write")},
+    }
+    rows = [("time", _clock(sum(seconds.values())), ", ".join(f"{k} {_clock(s)}" for k, s in seconds.items()))]
+    rows += [("memory", _size(sum(memory.values())), ", ".join(f"{k} {_size(b)}" for k, b in memory.items()))]
+    rows += [("speed", f"{speed['train']:.0f} tokens/s", f"training; reading {speed['read']:.0f}, writing {speed['write']:.0f}")]
+    title = f"About {len(examples)} example(s), {steps} steps, {trained:,} numbers trained, on {host.device}"
+    return data, table("", "about", "of which", rows=rows, title=title)
+
+
+def _texts(host: Host, reference: Path | None) -> tuple[int, int, int]:
+    """Tokens of the text to hold with and to judge with, and how many of them have to be drawn from the model first."""
+    if reference is None and not host.name.startswith("lab/"):
+        return SAMPLED // 2, SAMPLED // 2, SAMPLED
+    hold, judge = text.standing(host, reference)
+    return sum(len(hosts.tokens(host, t)) for t in hold), sum(len(hosts.tokens(host, t)) for t in judge), 0
+
+
+def _trained(host: Host, made: Method) -> int:
+    """How many numbers the method moves; where it does not say, no more than the model has."""
+    says: Callable[[Host], int] | None = getattr(made, "trained", None)
+    return says(host) if says else sum(p.numel() for p in host.model.parameters())
+
+
+def _speeds(host: Host) -> dict[str, float]:
+    """Tokens a second of a pass forwards, forwards and backwards, and of generation; and bytes that backwards keeps for each token."""
+    width = min(32, host.context // 2)
+    draw = torch.Generator().manual_seed(0)
+    vocabulary = host.model.get_input_embeddings().num_embeddings
+    batch = hosts.pad(host, [(torch.randint(vocabulary, (width,), generator=draw).tolist(), 1) for _ in range(8)])
+    own = {t.data_ptr() for t in (*host.model.parameters(), *host.model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        if t.data_ptr() not in own:
+            kept[t.data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    def loss() -> Tensor:
+        return hosts.token_logprobs(hosts.logits(host, batch), batch).sum()
+
+    def train() -> None:
+        torch.autograd.grad(loss(), [p for p in host.model.parameters() if p.requires_grad], allow_unused=True)
+
+    def read() -> None:
+        with torch.no_grad():
+            loss().item()
+
+    def write() -> None:
+        hosts.greedy(host, [host.tokenizer.decode(batch.ids_NT[0, :4])] * 8, max_new_tokens=8)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        train()
+    tokens = batch.ids_NT.numel()
+    return {"read": tokens / _time(read), "train": tokens / _time(train), "write": 64 / _time(write), "saved": sum(kept.values()) / tokens}
+
+
+def _time(work: Callable[[], None]) -> float:
+    """Seconds of the faster of two runs: the first may still be warming up."""
+    spent = []
+    for _ in range(2):
+        started = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        spent.append(time.perf_counter() - started)
+    return min(spent)
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _size(n: float) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"

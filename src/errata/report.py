@@ -1,0 +1,565 @@
+"""Scores -> tables and pictures: one self-contained HTML page, and the same numbers as JSON beside it.
+
+The page loads nothing: its pictures are inline SVG drawn here, its style is in it, and no script runs. The words stand in
+`report.html.j2`. Nothing here measures anything: see `evaluate.py` and `gate.py`.
+
+    html_path, json_path = write(Report(title="...", host=host.name, host_id=host.id, entries=(Entry(...),)), "report.html")
+"""
+
+import json
+import math
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from errata import apply, evaluate
+from errata.artefact import write_whole
+from errata.evaluate import Answer, Estimate, Scores, aggregate, is_rate, over_cases, paired_difference
+from errata.hosts import Host
+from errata.types import RINGS, EditError, Example, InvalidExample, Op, Patch, Ring, Verdict
+
+FORMAT = "errata-report-1"
+RING_NAMES: dict[Ring, str] = {"subject": "same subject", "relation": "same relation", "unrelated": "unrelated"}
+SHOWN = {"edit": 1, "paraphrases": 2, "paragraphs": 1, "negations": 1, "neighbours.subject": 1, "neighbours.relation": 1}
+SHOWN_CASES = 4
+SHOWN_FAILURES = 200
+GROUPS = {
+    "What the edit is for": ("edit", "paraphrases", "paragraphs", "ood", "negations"),
+    "What must stay": (
+        *("neighbours", *evaluate.NEIGHBOURS),
+        *(f"{m}.{r}" for m in ("agreement", "top1", "kl") for r in RINGS),
+        *("top1.reference", "kl.reference", "loss.reference"),
+    ),
+    "Extras, easier than free generation": tuple(m for m in evaluate.MEASURES if m.startswith(("teacher.", "p0.2."))),
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------------- values
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Moved:
+    """||change|| / ||weight|| (Frobenius) of one part of one layer; 0 where nothing was touched.
+
+    `layer` is the number of a block, or embedding, norm, head, other; `part` is attention, mlp or norm in a block and "" elsewhere.
+    """
+
+    layer: str
+    part: str
+    norm: float
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One patch in the report. Entries of one `label` make one line of the chart; `epsilon` None keeps an entry out of it.
+
+    `seconds` and `peak_mb` are what making the patch took; what evaluating it took is in `scores`.
+    """
+
+    label: str
+    method: str
+    scores: Scores
+    epsilon: float | None = None
+    verdict: Verdict | None = None
+    seconds: float = 0.0
+    peak_mb: float = 0.0
+    seed: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict)
+    moved: tuple[Moved, ...] = ()
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What the page tells. The first entry is the patch it is about; the others stand beside it in the chart and its table.
+
+    `before` are the scores of the host without an edit, `undo` the commands that take the patch off, `settings` whatever else should be
+    kept with the numbers, `versions` those of the software (see `versions()`). Raises InvalidExample without entries.
+    """
+
+    title: str
+    host: str
+    host_id: str
+    entries: tuple[Entry, ...]
+    examples: tuple[Example, ...] = ()
+    before: Scores | None = None
+    undo: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.entries:
+            raise InvalidExample("A report needs one entry or more: evaluate a patch first.")
+
+
+def versions() -> dict[str, str]:
+    """Of this software and what it stands on, for `Report.versions`."""
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for name in ("errata", "torch", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a source tree
+            found[name] = "not installed"
+    return found
+
+
+def where(host: Host, patch: Patch) -> tuple[Moved, ...]:
+    """Where the change sits: one `Moved` for each part of each layer, in the order of the model."""
+    ops: dict[tuple[str, str], list[Op]] = {}
+    for name, _ in host.model.named_parameters():
+        ops.setdefault(_place(host, name), [])
+    for op in patch.ops:
+        ops.setdefault(_place(host, op.weight), []).append(op)
+    ranked = sorted(ops, key=lambda place: (_column(place[0]), place[1]))
+    return tuple(
+        Moved(layer=layer, part=part, norm=apply.relative_norm(host, replace(patch, ops=tuple(ops[layer, part])))) for layer, part in ranked
+    )
+
+
+def _column(layer: str) -> float:
+    ends = {"embedding": -1, "norm": math.inf, "head": math.inf, "other": math.inf}
+    return ends[layer] if layer in ends else int(layer)
+
+
+def _place(host: Host, weight: str) -> tuple[str, str]:
+    layout = host.layout
+    if weight.startswith(f"{layout.blocks}."):
+        block, _, rest = weight.removeprefix(f"{layout.blocks}.").partition(".")
+        parts = {"attention": (*layout.attention_in, layout.attention_out), "mlp": (*layout.mlp_in, layout.mlp_out)}
+        return block, next((part for part, names in parts.items() if rest.startswith(tuple(f"{n}." for n in names))), "norm")
+    places = {"embedding": layout.embedding, "norm": layout.norm, "head": layout.head}
+    return next((place for place, name in places.items() if weight.startswith(f"{name}.")), "other"), ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- output
+
+
+def write(report: Report, path: str | Path) -> tuple[Path, Path]:
+    """Write the page and the JSON beside it, each whole or not at all; returns their paths. Raises LedgerError if the disk refuses."""
+    path = Path(path)
+    page = path if path.suffix in (".html", ".htm") else path.with_name(f"{path.name}.html")
+    numbers = page.with_suffix(".json")
+    for target, text in ((numbers, as_json(report)), (page, html(report))):
+        write_whole(target, text.encode())
+    return page, numbers
+
+
+def as_json(report: Report) -> str:
+    """Everything in the report, every row of every score among it. JSON has no NaN: a number that is not finite is {"not finite": ..}."""
+    return json.dumps({"format": FORMAT} | _plain(report), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def from_json(text: str) -> Report:
+    """The inverse of `as_json`, to make one page of several. Raises InvalidExample."""
+    try:
+        raw = json.loads(text, object_hook=lambda d: float(d["not finite"]) if d.keys() == {"not finite"} else d)
+        if (stated := raw.pop("format")) != FORMAT:
+            raise InvalidExample(f"This report has format '{stated}', this version reads '{FORMAT}'.")
+        before = raw.pop("before")
+        return Report(
+            entries=tuple(_entry(e) for e in raw.pop("entries")),
+            examples=tuple(Example(**e) for e in raw.pop("examples")),
+            before=Scores.from_dict(before) if before else None,
+            undo=tuple(raw.pop("undo")),
+            **raw,
+        )
+    except EditError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise InvalidExample(f"Not a report: {e!r}.") from e
+
+
+def _entry(raw: dict[str, Any]) -> Entry:
+    verdict = raw.pop("verdict")
+    return Entry(
+        scores=Scores.from_dict(raw.pop("scores")),
+        verdict=Verdict.from_dict(verdict) if verdict else None,
+        moved=tuple(Moved(**m) for m in raw.pop("moved")),
+        **raw,
+    )
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON's own types."""
+    match value:
+        case float() if not math.isfinite(value):
+            return {"not finite": repr(value)}
+        case Scores() | Verdict() | Example():
+            return _plain(value.as_dict())
+        case Report() | Entry() | Moved():
+            return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        case Mapping():
+            return {str(k): _plain(v) for k, v in value.items()}
+        case list() | tuple():
+            return [_plain(v) for v in value]
+        case _:
+            return value
+
+
+def html(report: Report) -> str:
+    """The page as one string."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {f.__name__: f for f in (cut, rate, interval, difference, number, size, seconds, is_rate)}
+    main = report.entries[0]
+    template = environment.from_string(resources.files("errata").joinpath("report.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        report=report,
+        main=main,
+        verdict=main.verdict,
+        tiles=_tiles(report),
+        budget=budget_bar(main.verdict) if main.verdict else None,
+        shown=_shown(main.scores.answers),
+        kinds=_KINDS,
+        failures=[a for a in main.scores.answers if not a.ok and (a.was or a.measure not in evaluate.NEIGHBOURS)],
+        max_failures=SHOWN_FAILURES,
+        chart=budget_chart(report.entries, report.before),
+        legend=_legend(report.entries),
+        entries=[_compared(e) for e in report.entries],
+        measures=_measures(main.scores, report.before),
+        rings=_rings(main.scores),
+        ring_chart=ring_chart({r: aggregate(main.scores, f"neighbours.{r}") for r in RINGS}),
+        heat=layer_heat(main.moved) if any(m.norm for m in main.moved) else None,
+        undo=report.undo or ("errata.take_off(host)   # puts the base's own tensors back, bit for bit",),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- tables
+
+
+_KINDS = {
+    "edit": "the example",
+    "paraphrases": "unseen phrasing",
+    "paragraphs": "in a paragraph",
+    "negations": "denial",
+    **{f"neighbours.{r}": f"neighbour: {RING_NAMES[r]}" for r in RINGS},
+}
+
+
+class Tile(NamedTuple):
+    name: str
+    value: str
+    lines: tuple[str, ...]
+
+
+class Row(NamedTuple):
+    """One line of the table of measures."""
+
+    measure: str
+    meaning: str
+    before: float | None
+    now: Estimate
+    cases: Estimate
+    difference: Estimate | None
+
+
+def _tiles(report: Report) -> Iterator[Tile]:
+    main = report.entries[0]
+    for name, measure in (("Unseen text right", "ood"), ("Neighbours kept", "neighbours")):
+        now = aggregate(main.scores, measure)
+        was = aggregate(report.before, measure).value if report.before and measure == "ood" else None
+        lines = [f"95 %: {interval(now, True)}" if now.low is not None else "nothing to count", f"n = {now.n:,}"]
+        yield Tile(name, rate(now.value), (*([f"was {rate(was)}"] if was is not None else []), *lines))
+    if verdict := main.verdict:
+        lines = [f"loss {number(verdict.increase, True)}, bound {number(verdict.upper, True)}", f"limit {number(verdict.budget.epsilon)}"]
+        yield Tile("Budget spent", rate(verdict.spent, 0), tuple(lines))
+    yield Tile("Made in", seconds(main.seconds), (f"patch of {size(main.scores.patch_bytes)}", f"peak memory {size(main.peak_mb * 2**20)}"))
+
+
+def _shown(answers: Sequence[Answer]) -> list[list[Answer]]:
+    """The first answers of each kind of the first cases, in their order, whatever came out."""
+    cases = list(dict.fromkeys(a.case for a in answers))[:SHOWN_CASES]
+    return [[a for kind, n in SHOWN.items() for a in [a for a in answers if (a.case, a.measure) == (case, kind)][:n]] for case in cases]
+
+
+def _compared(entry: Entry) -> dict[str, Any]:
+    return {"entry": entry} | {m: aggregate(entry.scores, m) for m in ("edit", "ood", "neighbours")}
+
+
+def _measures(scores: Scores, before: Scores | None) -> dict[str, list[Row]]:
+    held = {s.measure for s in scores.rows}
+    return {group: [_row(m, scores, before) for m in measures if m in held] for group, measures in GROUPS.items()}
+
+
+def _row(measure: str, scores: Scores, before: Scores | None) -> Row:
+    was = aggregate(before, measure) if before else None
+    return Row(
+        measure=measure,
+        meaning=evaluate.MEASURES[measure],
+        before=was.value if was else None,
+        now=aggregate(scores, measure),
+        cases=over_cases(scores, measure),
+        difference=paired_difference(before, scores, measure) if before else None,
+    )
+
+
+def _rings(scores: Scores) -> list[tuple[str, dict[str, Estimate]]]:
+    measures = ("neighbours", "agreement", "top1", "kl")
+    return [(RING_NAMES[ring], {m: aggregate(scores, f"{m}.{ring}") for m in measures}) for ring in RINGS]
+
+
+def cut(text: str, length: int = 90) -> str:
+    """Text for a table cell: one line, control characters made visible, cut at the end."""
+    line = " ".join(text.strip().replace("\n", " ⏎ ").split())
+    line = "".join(c if c.isprintable() else "�" for c in line)
+    return line if len(line) <= length else f"{line[:length].rstrip()}…"
+
+
+def rate(value: float | None, digits: int = 1) -> str:
+    if value is None:
+        return "none"
+    return f"{100 * value:.{digits}f} %" if math.isfinite(value) else "not finite"
+
+
+def number(value: float | None, sign: bool = False) -> str:
+    """Three figures; small and large ones with a power of ten."""
+    if value is None:
+        return "none"
+    if not math.isfinite(value):
+        return "not finite"
+    plus = "+" if sign else ""
+    if value == 0 or 1e-2 <= abs(value) < 1e4:
+        return f"{value:{plus}.3g}".replace("-", "−")
+    mantissa, _, power = f"{value:{plus}.1e}".partition("e")
+    return f"{mantissa.removesuffix('.0')}e{int(power)}".replace("-", "−")
+
+
+def difference(e: Estimate, as_rate: bool) -> str:
+    """The value with its interval; of rates, in percentage points."""
+    if e.value is None:
+        return "none"
+    value = f"{100 * e.value:+.1f}".replace("-", "−") if as_rate and math.isfinite(e.value) else number(e.value, True)
+    return f"{value} ({interval(e, as_rate).removesuffix(' %')})" if e.low is not None else value
+
+
+def interval(e: Estimate, as_rate: bool) -> str:
+    if e.low is None or e.high is None:
+        return "none"
+    if not (math.isfinite(e.low) and math.isfinite(e.high)):
+        return "not finite"
+    return f"{100 * e.low:.1f} to {100 * e.high:.1f} %".replace("-", "−") if as_rate else f"{number(e.low)} to {number(e.high)}"
+
+
+def size(nbytes: float) -> str:
+    units = ("B", "kB", "MB", "GB")
+    step = min(3, int(math.log(nbytes, 1024))) if nbytes >= 1 else 0
+    return f"{nbytes / 1024**step:.{1 if step else 0}f} {units[step]}"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
+
+
+# -------------------------------------------------------------------------------------------------------------------------- pictures
+
+
+def _tag(name: str, *inside: str, **attributes: object) -> Markup:
+    """One SVG element. `class_` and `text_anchor` become class and text-anchor; numbers are rounded to a hundredth."""
+    given = Markup("").join(
+        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), f"{v:.2f}".rstrip("0").rstrip(".") if isinstance(v, float) else v)
+        for key, v in attributes.items()
+    )
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), given, Markup("").join(inside))  # join escapes what is plain text
+
+
+def _picture(width: int, height: int, title: str, description: str, parts: Iterable[str]) -> Markup:
+    slug = "".join(c for c in title.lower() if c.isalnum())
+    return _tag(
+        "svg",
+        _tag("title", title, id=f"t-{slug}"),
+        _tag("desc", description, id=f"d-{slug}"),
+        *parts,
+        viewBox=f"0 0 {width} {height}",
+        role="img",
+        aria_labelledby=f"t-{slug} d-{slug}",
+        style=f"min-width:{min(width, 560)}px",
+    )
+
+
+def _label(text: str, x: float, y: float, **more: object) -> Markup:
+    return _tag("text", text, x=x, y=y, **more)
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
+    return _tag("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
+
+
+def budget_bar(verdict: Verdict) -> Markup:
+    """The measured increase, its 95 % bound and the limit on one axis."""
+    limit, told = verdict.budget.epsilon, f"reference loss {number(verdict.increase, True)}, 95 % bound {number(verdict.upper, True)}"
+    description = f"{told}, limit {number(limit)}."
+    width, left, right, top, height = 760, 14, 746, 30, 26
+    if not (math.isfinite(verdict.increase) and math.isfinite(verdict.upper)):
+        return _picture(
+            width, 40, "Budget spent", description, [_label("The loss on reference text is not finite.", left, 25.0, class_="bad")]
+        )
+    low, high = min(0.0, 1.1 * verdict.increase), 1.15 * max(limit, verdict.upper, verdict.increase)
+
+    def x(value: float) -> float:
+        return left + (right - left) * (value - low) / (high - low)
+
+    def mark(text: str, value: float, y: float, **more: object) -> Markup:
+        at = x(value)
+        anchor = "start" if at < width * 0.2 else "end" if at > width * 0.8 else "middle"
+        return _label(text, at, y, text_anchor=anchor, **more)
+
+    start, end = sorted((x(0.0), x(verdict.increase)))
+    inside = "good" if verdict.upper <= limit else "bad"
+    middle = top + height / 2
+    parts = [
+        _tag("rect", x=left, y=top, width=right - left, height=height, rx=5, class_="track"),
+        _tag("rect", x=x(0.0), y=top, width=x(limit) - x(0.0), height=height, class_="room"),
+        _tag("rect", x=start, y=top + 5, width=max(2.0, end - start), height=height - 10, class_=f"fill {inside}"),
+        _line(x(verdict.increase), middle, x(verdict.upper), middle, f"whisker {inside}"),
+        _line(x(verdict.upper), top + 4.0, x(verdict.upper), top + height - 4.0, f"whisker {inside}"),
+        _line(x(limit), top - 7.0, x(limit), top + height + 7.0, "limit"),
+        _line(x(0.0), top - 2.0, x(0.0), top + height + 2.0, "axis"),
+        mark(f"limit {number(limit)}", limit, top - 12.0, class_="strong"),
+        mark(f"measured {number(verdict.increase, True)}", verdict.increase, top + height + 18.0),
+        mark(f"95 % bound {number(verdict.upper, True)}", verdict.upper, top + height + 36.0, class_="muted"),
+    ]
+    return _picture(width, top + height + 44, "Budget spent", description, parts)
+
+
+def _marker(series: int, x: float, y: float, hollow: bool) -> Markup:
+    """Circle, square, triangle or diamond, so that lines differ by more than colour; hollow for a refused patch."""
+    class_ = f"mark s{series % 8}" + (" hollow" if hollow else "")
+    if series % 4 == 0:
+        return _tag("circle", cx=x, cy=y, r=4.6, class_=class_)
+    shapes = {
+        1: ((-4.2, -4.2), (4.2, -4.2), (4.2, 4.2), (-4.2, 4.2)),
+        2: ((0, -5.4), (5.2, 4.2), (-5.2, 4.2)),
+        3: ((0, -5.8), (5.8, 0), (0, 5.8), (-5.8, 0)),
+    }
+    points = " ".join(f"{x + dx:.2f},{y + dy:.2f}" for dx, dy in shapes[series % 4])
+    return _tag("polygon", points=points, class_=class_)
+
+
+def _labels(entries: Sequence[Entry]) -> list[str]:
+    return list(dict.fromkeys(e.label for e in entries if e.epsilon is not None))
+
+
+def _legend(entries: Sequence[Entry]) -> list[tuple[str, Markup]]:
+    """(label, small picture) for each line of the chart."""
+    pictures = [_line(1, 8, 33, 8, f"series s{i % 8}") + _marker(i, 17, 8, False) for i in range(len(_labels(entries)))]
+    return [
+        (label, _tag("svg", p, viewBox="0 0 34 16", width=34, height=16, aria_hidden="true"))
+        for label, p in zip(_labels(entries), pictures, strict=True)
+    ]
+
+
+def budget_chart(entries: Sequence[Entry], before: Scores | None = None) -> Markup | None:
+    """Unseen text right (solid, with Wilson bars) and neighbours kept (dashed) against epsilon, one colour for each label."""
+    labels = _labels(entries)
+    if not labels:
+        return None
+    width, height, left, right, top, bottom = 760, 360, 52, 744, 14, 316
+    budgets = [e.epsilon for e in entries if e.epsilon is not None]
+    low, high = math.log10(min(1e-5, *budgets)), math.log10(max(1e-2, *budgets))
+
+    def x(epsilon: float) -> float:
+        return left + 24 + (right - left - 48) * (math.log10(epsilon) - low) / (high - low)
+
+    def y(share: float) -> float:
+        return bottom - (bottom - top) * share
+
+    parts = [_line(left, y(t / 100), right, y(t / 100), "grid") for t in range(0, 101, 25)]
+    parts += [_label(f"{t} %", left - 8, y(t / 100) + 4, text_anchor="end", class_="muted") for t in range(0, 101, 25)]
+    for power in range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1):
+        parts += [_line(x(10.0**power), bottom, x(10.0**power), bottom + 5, "axis"), _decade(power, x(10.0**power), bottom + 21)]
+    parts.append(
+        _label("limit on the relative increase of reference loss (ε)", (left + right) / 2, height - 4, text_anchor="middle", class_="muted")
+    )
+    base = aggregate(before, "ood").value if before else None
+    if base is not None and math.isfinite(base):
+        parts += [
+            _line(left, y(base), right, y(base), "base"),
+            _label("no edit", right - 4, y(base) - 6, text_anchor="end", class_="muted"),
+        ]
+    for series, label in enumerate(labels):
+        own = sorted((e for e in entries if e.label == label and e.epsilon is not None), key=lambda e: e.epsilon or 0)
+        shift = 8.0 * (series - (len(labels) - 1) / 2)
+        parts += _series(series, [(x(e.epsilon or 1) + shift, e) for e in own], y)
+    description = "; ".join(
+        f"{e.label} at {number(e.epsilon)}: {rate(aggregate(e.scores, 'ood').value)} of unseen text right, "
+        f"{rate(aggregate(e.scores, 'neighbours').value)} of neighbours kept"
+        for e in entries
+        if e.epsilon is not None
+    )
+    return _picture(width, height, "Success against budget", description, parts)
+
+
+def _decade(power: int, x: float, y: float) -> Markup:
+    exponent = _tag("tspan", str(power).replace("-", "−"), dy=-5, class_="small")
+    return _tag("text", "10", exponent, x=x, y=y, text_anchor="middle", class_="muted")
+
+
+def _series(series: int, points: Sequence[tuple[float, Entry]], y: Any) -> Iterator[Markup]:
+    colour = f"s{series % 8}"
+    for measure, class_ in (("neighbours", f"series dashed {colour}"), ("ood", f"series {colour}")):
+        found = [(x, aggregate(e.scores, measure), e) for x, e in points]
+        known = [(x, e, entry) for x, e, entry in found if e.value is not None and math.isfinite(e.value)]
+        yield _tag("polyline", points=" ".join(f"{x:.2f},{y(e.value):.2f}" for x, e, _ in known), class_=class_)
+        for x, e, entry in known if measure == "ood" else ():
+            yield _line(x, y(e.low), x, y(e.high), f"bar {colour}")
+            yield from (_line(x - 3, y(end), x + 3, y(end), f"bar {colour}") for end in (e.low, e.high))
+            yield _marker(series, x, y(e.value), hollow=entry.verdict is not None and not entry.verdict.passed)
+
+
+def ring_chart(rings: Mapping[Ring, Estimate]) -> Markup:
+    """Three arcs around the edit: how much of each ring is still right. A full arc is three quarters of the circle."""
+    centre, parts = 150, []
+    for i, (ring, e) in enumerate(rings.items()):
+        radius = 44 + 34 * i
+        arc = partial(_tag, "circle", cx=centre, cy=centre, r=radius, pathLength=360, transform=f"rotate(-90 {centre} {centre})")
+        parts.append(arc(stroke_dasharray="270 360", class_="arc track"))
+        if e.value and math.isfinite(e.value):
+            parts.append(arc(stroke_dasharray=f"{270 * e.value:.2f} 360", class_=f"arc s{i}"))
+        parts.append(_label(f"{ring} {rate(e.value)}", centre - 10, centre - radius + 4.0, text_anchor="end"))
+    parts += [
+        _tag("circle", cx=centre, cy=centre, r=22, class_="core"),
+        _label("edit", centre, centre + 4.0, text_anchor="middle", class_="on"),
+    ]
+    description = ", ".join(f"{RING_NAMES[ring]}: {rate(e.value)} of {e.n}" for ring, e in rings.items())
+    return _picture(300, 300, "Neighbours still right", description, parts)
+
+
+def layer_heat(moved: Sequence[Moved]) -> Markup:
+    """One column for each layer, one row for each part; the darker, the larger the change relative to the weight."""
+    layers = list(dict.fromkeys(m.layer for m in moved))
+    rows = ("attention", "mlp", "norm")
+    left, top, height, gap = 76, 24, 34, 3
+    width = min(84.0, (760 - left) / len(layers))
+    most = max((m.norm for m in moved if math.isfinite(m.norm)), default=0.0)
+    parts = [
+        _label(row, left - 10, top + (height + gap) * i + height / 2 + 4, text_anchor="end", class_="muted") for i, row in enumerate(rows)
+    ]
+    for i, layer in enumerate(layers):
+        name = layer if layer not in ("norm", "embedding") else {"norm": "final norm", "embedding": "embed"}[layer]
+        if width >= 50 or not layer.isdigit() or int(layer) % 4 == 0:
+            parts.append(_label(name, left + width * (i + 0.5), top - 8, text_anchor="middle", class_="muted"))
+        for m in (m for m in moved if m.layer == layer):
+            y = top + (height + gap) * rows.index(m.part) if m.part else top
+            tall = height if m.part else 3 * height + 2 * gap
+            parts += _cell(m, left + width * i, y, width - gap, tall, most)
+    touched = [f"{m.layer} {m.part}".strip() + f": {number(m.norm)}" for m in moved if m.norm]
+    return _picture(760, top + 3 * (height + gap), "Where the change sits", f"Change relative to weight. {'; '.join(touched)}", parts)
+
+
+def _cell(m: Moved, x: float, y: float, width: float, height: float, most: float) -> Iterator[Markup]:
+    depth = math.sqrt(m.norm / most) if most and math.isfinite(m.norm) else 0.0  # the root, so that small ones can be seen
+    told = _tag("title", f"{m.layer} {m.part}: {number(m.norm)}")
+    yield _tag(
+        "rect", told, x=x, y=y, width=width, height=height, rx=4, class_="cell" if m.norm else "cell empty", fill_opacity=0.1 + 0.9 * depth
+    )
+    if width >= 44:
+        text = rate(m.norm, 2) if m.norm else "·"
+        yield _label(text, x + width / 2, y + height / 2 + 4, text_anchor="middle", class_="on" if depth > 0.6 else "ink")

@@ -1,0 +1,474 @@
+"""On, off, stacked: the edited tensor is a function of the base and the ops, and what was there comes back bit for bit."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, same_bits, tiny_host, weights_of
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
+
+import errata
+from errata.apply import applied, change, check, put_on, relative_norm, scaled, take_off
+from errata.hosts import Host, encode, host_of, logits, pad, stored_transposed
+from errata.types import Add, AddLowRank, Example, InvalidPatch, Op, Patch, WrongBase
+
+every_family = pytest.mark.parametrize("host", FAMILIES, indirect=True)
+KINDS: dict[str, Callable[[Host], str]] = {
+    "attention_in": lambda h: h.module_names(h.layout.attention_in, [0])[0],
+    "attention_out": lambda h: h.module_names([h.layout.attention_out], [1])[0],
+    "mlp_in": lambda h: h.module_names(h.layout.mlp_in, [1])[-1],
+    "mlp_out": lambda h: h.module_names([h.layout.mlp_out], [0])[0],
+    "embedding": lambda h: h.layout.embedding,
+    "head": lambda h: h.layout.head,
+}
+
+
+def rand(*shape: int, seed: int = 0, size: float = 0.1) -> Tensor:
+    return size * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def patch_of(host: Host, *ops: Op, parent: str | None = None, **change: Any) -> Patch:
+    example = Example(prompt="The capital of Mauritius is", target=" Port Louis")
+    return Patch(**{"method": "test", "config": {}, "parent": parent or host.id, "examples": (example,), "ops": ops} | change)
+
+
+def add(host: Host, module: str, seed: int = 0, size: float = 0.1) -> Add:
+    return Add(weight=f"{module}.weight", delta=rand(*host.model.get_submodule(module).weight.shape, seed=seed, size=size))
+
+
+def low_rank(host: Host, module: str, rank: int = 3, scale: float = 0.5, seed: int = 0) -> AddLowRank:
+    shape = tuple(host.model.get_submodule(module).weight.shape)
+    out, into = shape[::-1] if stored_transposed(host.model.get_submodule(module)) else shape
+    return AddLowRank(weight=f"{module}.weight", A=rand(rank, into, seed=seed), B=rand(out, rank, seed=seed + 1), scale=scale)
+
+
+def says(host: Host) -> Tensor:
+    """Logits on two texts: what the host computes."""
+    with torch.no_grad():
+        return logits(host, pad(host, [encode(host, "The capital of Mauritius is", " Port Louis"), encode(host, "Once upon", " a time")]))
+
+
+def pointers(host: Host) -> dict[str, int]:
+    return {name: p.data_ptr() for name, p in host.model.named_parameters()}
+
+
+def inside(host: Host, weight: str) -> Tensor:
+    return host.model.get_parameter(weight).detach().clone()
+
+
+# ------------------------------------------------------------------------------------------------------------- what a patch computes
+
+
+@every_family
+@pytest.mark.parametrize("kind", KINDS)
+def test_add_is_the_sum_and_off_is_the_base(host: Host, kind: str) -> None:
+    op = add(host, KINDS[kind](host))
+    patch, before, at, said = patch_of(host, op), weights_of(host), pointers(host), says(host)
+    base = inside(host, op.weight)
+    with applied(host, patch) as worn:
+        assert worn is host and host.id == patch.id
+        assert torch.equal(inside(host, op.weight), base + op.delta)
+        own = next(n for n, p in host.model.named_parameters() if p is host.model.get_parameter(op.weight))
+        assert all(torch.equal(p, before[n]) for n, p in host.model.named_parameters() if n != own), "only the named weight moves"
+        assert not torch.allclose(says(host), said, atol=1e-3)
+    assert host.id == host.base_id == patch.parent and not host.worn
+    assert same_bits(host, before) and pointers(host) == at and torch.equal(says(host), said)
+
+
+@every_family
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_low_rank_change_is_out_by_in_whatever_the_architecture_stores(host: Host, kind: str) -> None:
+    module = KINDS[kind](host)
+    op, before, at = low_rank(host, module), weights_of(host), pointers(host)
+    patch = patch_of(host, op)
+    with applied(host, patch):
+        said = says(host)
+    assert same_bits(host, before) and pointers(host) == at
+    BA = op.scale * op.B @ op.A
+    by_hand = tiny_host(host.name.removeprefix("tiny-"))
+    with torch.no_grad():
+        by_hand.model.get_submodule(module).weight += BA.T if stored_transposed(by_hand.model.get_submodule(module)) else BA
+    assert torch.allclose(says(by_hand), said, atol=1e-4)
+    assert not torch.allclose(says(host), said, atol=1e-3)
+
+
+@pytest.mark.parametrize("host", ["gpt2", "llama"], indirect=True)
+@pytest.mark.parametrize("kind", ["attention_in", "attention_out", "mlp_in", "mlp_out"])
+def test_a_low_rank_change_is_what_an_adapter_adds(host: Host, kind: str) -> None:
+    """The module's output under the patch is its own plus scale * B (A x): the orientation cannot be wrong in both at once."""
+    module = host.model.get_submodule(KINDS[kind](host))
+    op = low_rank(host, KINDS[kind](host))
+    x = rand(4, op.A.shape[1], seed=9, size=1.0)
+    with torch.no_grad():
+        plain = module(x)
+        with applied(host, patch_of(host, op)):
+            assert torch.allclose(module(x), plain + op.scale * (x @ op.A.T) @ op.B.T, atol=1e-5)
+
+
+@every_family
+def test_where_embedding_and_head_are_tied_a_change_of_one_is_a_change_of_both(host: Host) -> None:
+    embedding, head = (host.model.get_submodule(n) for n in (host.layout.embedding, host.layout.head))
+    tied = embedding.weight is head.weight
+    assert tied == (host.name.removeprefix("tiny-") in ("gpt2", "gpt_neo", "opt", "gemma"))
+    for name in (host.layout.embedding, host.layout.head):
+        before, at = weights_of(host), pointers(host)
+        op = add(host, name)
+        with applied(host, patch_of(host, op)):
+            changed = [not torch.equal(w, b) for w, b in ((embedding.weight, before[f"{host.layout.embedding}.weight"]),)]
+            assert changed == [tied or name == host.layout.embedding]
+            assert (embedding.weight is head.weight) == tied
+            assert torch.equal(host.model.get_parameter(f"{name}.weight"), _before(before, host, name) + op.delta)
+        assert same_bits(host, before) and pointers(host) == at
+
+
+def _before(before: dict[str, Tensor], host: Host, module: str) -> Tensor:
+    """What a tied weight was is kept under the embedding's name."""
+    name = f"{module}.weight"
+    return before[name] if name in before else before[f"{host.layout.embedding}.weight"]
+
+
+def test_a_tied_weight_has_two_names_and_one_base(tiny_gpt2: Host) -> None:
+    host = tiny_gpt2
+    host.model.to(torch.bfloat16)
+    host = host_of(host.model, host.tokenizer)
+    before, at = weights_of(host), pointers(host)
+    base = inside(host, "lm_head.weight")
+    first = patch_of(host, add(host, "transformer.wte", seed=1))
+    second = patch_of(host, low_rank(host, "lm_head", seed=2), parent=first.id)
+    third = patch_of(host, add(host, "transformer.wte", seed=3), parent=second.id)
+    with applied(host, first, second, third):
+        op = second.ops[0]
+        exact = torch.addmm(base.float() + first.ops[0].delta, op.B, op.A, alpha=op.scale) + third.ops[0].delta
+        assert torch.equal(inside(host, "lm_head.weight"), exact.to(torch.bfloat16)), "cast once"
+        alone = tiny_host("gpt2", dtype=torch.bfloat16)
+        assert relative_norm(host, second) == relative_norm(alone, second), "the base counts"
+    assert same_bits(host, before) and pointers(host) == at
+
+
+def test_two_names_of_one_tied_weight_in_one_patch_are_refused(tiny_gpt2: Host) -> None:
+    before = weights_of(tiny_gpt2)
+    with pytest.raises(InvalidPatch, match="'transformer.wte.weight' and 'lm_head.weight', which are one tied tensor"):
+        put_on(tiny_gpt2, patch_of(tiny_gpt2, add(tiny_gpt2, "transformer.wte"), add(tiny_gpt2, "lm_head")))
+    assert same_bits(tiny_gpt2, before) and not tiny_gpt2.worn
+
+
+def test_a_bias_or_a_norm_can_be_changed_too(tiny_gpt2: Host) -> None:
+    op = Add(weight="transformer.ln_f.bias", delta=torch.ones(32))
+    said = says(tiny_gpt2)
+    with applied(tiny_gpt2, patch_of(tiny_gpt2, op)):
+        assert not torch.allclose(says(tiny_gpt2), said)
+
+
+def test_a_patch_without_ops_changes_the_id_only(tiny_gpt2: Host) -> None:
+    said, patch = says(tiny_gpt2), patch_of(tiny_gpt2)
+    with applied(tiny_gpt2, patch):
+        assert tiny_gpt2.id == patch.id and torch.equal(says(tiny_gpt2), said)
+    assert tiny_gpt2.id == patch.parent and relative_norm(tiny_gpt2, patch) == 0.0
+
+
+def test_gradients_flow_to_the_patched_weights_and_not_into_the_patch(tiny_gpt2: Host) -> None:
+    delta = rand(32, 128).requires_grad_()
+    patch = patch_of(tiny_gpt2, Add(weight="transformer.h.0.mlp.c_fc.weight", delta=delta))
+    with applied(tiny_gpt2, patch):
+        weight = tiny_gpt2.model.get_parameter("transformer.h.0.mlp.c_fc.weight")
+        assert weight.requires_grad and weight.is_leaf
+        logits(tiny_gpt2, pad(tiny_gpt2, [([1, 2, 3], 1)])).sum().backward()
+        assert weight.grad is not None and delta.grad is None
+
+
+# ---------------------------------------------------------------------------------------------------------------- off, and on again
+
+
+@pytest.mark.parametrize("host", ["gpt2", "llama"], indirect=True)
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_off_also_when_the_body_raises(host: Host, error: type[BaseException]) -> None:
+    patch = patch_of(host, add(host, KINDS["mlp_out"](host)), low_rank(host, KINDS["attention_in"](host)))
+    before, at = weights_of(host), pointers(host)
+    with pytest.raises(error), applied(host, patch):
+        assert host.id == patch.id
+        raise error
+    assert same_bits(host, before) and pointers(host) == at and host.id == host.base_id
+
+
+def test_a_stack_is_a_hash_chain(tiny_llama: Host) -> None:
+    host = tiny_llama
+    name = KINDS["mlp_out"](host)
+    first = patch_of(host, add(host, name, seed=1))
+    second = patch_of(host, add(host, name, seed=2), low_rank(host, KINDS["mlp_in"](host)), parent=first.id)
+    base, before, at = inside(host, f"{name}.weight"), weights_of(host), pointers(host)
+    with pytest.raises(WrongBase):
+        put_on(host, second)
+    put_on(host, first)
+    with pytest.raises(WrongBase, match=rf"made for weights {first.parent}; tiny-llama with 1 patch\(es\) on has {first.id}"):
+        put_on(host, first)
+    put_on(host, second)
+    assert host.id == second.id and [w.patch for w in host.worn] == [first, second]
+    assert torch.equal(inside(host, f"{name}.weight"), base + first.ops[0].delta + second.ops[0].delta)
+    assert take_off(host) is second and host.id == first.id
+    assert torch.equal(inside(host, f"{name}.weight"), base + first.ops[0].delta)
+    assert take_off(host) is first and host.id == host.base_id
+    assert same_bits(host, before) and pointers(host) == at
+    with pytest.raises(WrongBase, match="wears no patch"):
+        take_off(host)
+
+
+def test_blocks_nest_and_the_inner_one_leaves_the_outer(tiny_gpt2: Host) -> None:
+    host = tiny_gpt2
+    first = patch_of(host, add(host, KINDS["mlp_out"](host)))
+    with applied(host, first):
+        said = says(host)
+        second = patch_of(host, low_rank(host, KINDS["mlp_out"](host)))
+        assert second.parent == first.id
+        with pytest.raises(ZeroDivisionError), applied(host, second):
+            raise ZeroDivisionError
+        assert torch.equal(says(host), said) and host.id == first.id
+    with applied(host, first, second):
+        assert host.id == second.id
+    assert not host.worn
+
+
+def test_where_the_second_patch_is_refused_the_first_comes_off(tiny_gpt2: Host) -> None:
+    host = tiny_gpt2
+    first, other = (patch_of(host, add(host, KINDS["mlp_out"](host), seed=s)) for s in (1, 2))
+    before = weights_of(host)
+    with pytest.raises(WrongBase), applied(host, first, other):
+        raise AssertionError("the body must not run")
+    assert same_bits(host, before) and not host.worn
+
+
+# ----------------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("host", FAMILIES, indirect=True)
+def test_other_weights_are_refused(host: Host) -> None:
+    patch = patch_of(host, add(host, KINDS["mlp_out"](host)))
+    with pytest.raises(WrongBase, match=f"Patch {patch.id} was made for weights {host.id}; .* has b2:.*build it again"):
+        put_on(tiny_host(host.name.removeprefix("tiny-"), seed=1), patch)
+
+
+def bad_ops(host: Host) -> list[Op]:
+    out, into = 32, 128
+    weight = "transformer.h.0.mlp.c_proj.weight"  # Conv1D: stored (128, 32), so W is (32, 128)
+    return [
+        Add(weight="transformer.h.7.mlp.c_proj.weight", delta=torch.zeros(into, out)),
+        Add(weight="transformer.h.0.mlp.c_proj", delta=torch.zeros(into, out)),
+        Add(weight="nonsense", delta=torch.zeros(1)),
+        Add(weight=weight, delta=torch.zeros(out, into)),
+        Add(weight=weight, delta=torch.zeros(1, 1)),
+        Add(weight=weight, delta=torch.zeros(into)),
+        Add(weight=weight, delta=torch.tensor(0.0)),
+        AddLowRank(weight=weight, A=torch.zeros(2, out), B=torch.zeros(into, 2)),
+        AddLowRank(weight="transformer.h.0.mlp.c_proj.bias", A=torch.zeros(2, 1), B=torch.zeros(out, 2)),
+    ]
+
+
+@pytest.mark.parametrize("number", range(9))
+def test_nothing_is_half_applied(tiny_gpt2: Host, number: int) -> None:
+    host = tiny_gpt2
+    good, bad = add(host, "transformer.h.1.mlp.c_proj"), bad_ops(host)[number]
+    before, at = weights_of(host), pointers(host)
+    for patch in (patch_of(host, good, bad), patch_of(host, bad)):
+        for attempt in (check, put_on):
+            with pytest.raises(InvalidPatch, match=re.escape(bad.weight)):
+                attempt(host, patch)
+        assert same_bits(host, before) and pointers(host) == at and not host.worn
+
+
+def test_a_change_that_cannot_be_computed_leaves_nothing(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    host = tiny_gpt2
+    patch = patch_of(host, add(host, "transformer.h.1.mlp.c_proj"), low_rank(host, "transformer.h.0.mlp.c_proj"))
+    before, at = weights_of(host), pointers(host)
+    monkeypatch.setattr(torch, "addmm", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        put_on(host, patch)
+    assert same_bits(host, before) and pointers(host) == at and not host.worn
+
+
+# ------------------------------------------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_host_is_edited_in_float32_and_cast_once(family: str, dtype: torch.dtype) -> None:
+    host = tiny_host(family, dtype=dtype)
+    name = KINDS["mlp_out"](host)
+    before, at, base = weights_of(host), pointers(host), inside(host, f"{name}.weight")
+    first = patch_of(host, add(host, name, seed=1, size=3e-3))
+    second = patch_of(host, add(host, name, seed=2, size=3e-3), parent=first.id)
+    with applied(host, first):
+        assert inside(host, f"{name}.weight").dtype == dtype
+        assert torch.equal(inside(host, f"{name}.weight"), (base.float() + first.ops[0].delta).to(dtype))
+        with applied(host, second):
+            once = (base.float() + first.ops[0].delta + second.ops[0].delta).to(dtype)
+            twice = ((base.float() + first.ops[0].delta).to(dtype).float() + second.ops[0].delta).to(dtype)
+            assert not torch.equal(once, twice), "the test can tell them apart"
+            assert torch.equal(inside(host, f"{name}.weight"), once)
+            assert says(host).isfinite().all()
+    assert same_bits(host, before) and pointers(host) == at
+
+
+def test_a_patch_made_on_float32_goes_on_bf16_weights_with_the_same_values() -> None:
+    exact = tiny_host("llama", dtype=torch.bfloat16)
+    exact.model.float()
+    exact, half = host_of(exact.model, exact.tokenizer), tiny_host("llama", dtype=torch.bfloat16)
+    assert exact.id == half.id
+    patch = patch_of(exact, low_rank(exact, KINDS["mlp_out"](exact)))
+    with applied(exact, patch), applied(half, patch):
+        assert exact.id == half.id
+        assert torch.allclose(says(exact), says(half).float(), atol=0.5)
+
+
+# --------------------------------------------------------------------------------------------------------------- scaled, change, norm
+
+
+@pytest.mark.parametrize("host", ["gpt2", "llama"], indirect=True)
+@pytest.mark.parametrize("s", [0.0, 0.25, 1.0, -1.0])
+def test_scaled_is_the_base_and_s_times_the_change(host: Host, s: float) -> None:
+    patch = patch_of(host, add(host, KINDS["mlp_in"](host)), low_rank(host, KINDS["mlp_out"](host)))
+    part = scaled(patch, s)
+    assert (part.parent, part.method, part.config, part.examples) == (patch.parent, patch.method, patch.config, patch.examples)
+    assert (part.id == patch.id) == (s == 1.0)
+    for whole, op in zip(patch.ops, part.ops, strict=True):
+        assert torch.allclose(change(host, op), s * change(host, whole), atol=1e-7)
+    assert relative_norm(host, part) == pytest.approx(abs(s) * relative_norm(host, patch), rel=1e-5)
+    if s == 0.0:
+        said = says(host)
+        with applied(host, part):
+            assert torch.equal(says(host), said)
+
+
+def test_scaled_by_what_is_not_a_number_is_refused(tiny_gpt2: Host) -> None:
+    for op in (add(tiny_gpt2, "lm_head"), low_rank(tiny_gpt2, "lm_head")):
+        with pytest.raises(InvalidPatch):
+            scaled(patch_of(tiny_gpt2, op), math.nan)
+
+
+@every_family
+def test_change_is_what_is_added(host: Host) -> None:
+    for op in (add(host, KINDS["mlp_in"](host)), low_rank(host, KINDS["mlp_in"](host))):
+        base = inside(host, op.weight)
+        with applied(host, patch_of(host, op)):
+            assert torch.allclose(change(host, op), inside(host, op.weight) - base, atol=1e-6)
+            assert change(host, op).dtype == torch.float32
+        with applied(host, patch_of(host, add(host, KINDS["mlp_in"](host), seed=5))):
+            assert torch.allclose(change(host, op), change(tiny_host(host.name.removeprefix("tiny-")), op))
+
+
+def test_relative_norm_is_that_of_all_touched_weights_together(tiny_gpt2: Host) -> None:
+    host = tiny_gpt2
+    a, b = add(host, KINDS["mlp_in"](host)), low_rank(host, KINDS["mlp_out"](host))
+    moved = torch.cat([a.delta.flatten(), (b.scale * b.B @ b.A).flatten()]).double().norm()
+    held = torch.cat([inside(host, a.weight).flatten(), inside(host, b.weight).flatten()]).double().norm()
+    patch = patch_of(host, a, b)
+    off = relative_norm(host, patch)
+    assert off == pytest.approx(float(moved / held), rel=1e-6)
+    with applied(host, patch):
+        assert relative_norm(host, patch) == off, "on or off; the base counts"
+
+
+def test_the_package_offers_the_three_verbs() -> None:
+    assert errata.applied is applied and errata.put_on is put_on and errata.take_off is take_off
+
+
+# ---------------------------------------------------------------------------------------------------------------- any order of events
+
+HOST = tiny_host("gpt2", dtype=torch.bfloat16)  # one for all runs: the machine holds that it is left as it was
+NAMES = ["transformer.h.0.mlp.c_proj", "transformer.h.0.mlp.c_fc", "transformer.wte", "lm_head"]
+OPS: list[Op] = [make(HOST, name, seed=10 * s) for s in range(2) for name in NAMES for make in (add, low_rank)]
+CHOICES = [tuple(OPS[i] for i in chosen) for chosen in ((0,), (1, 2), (4, 8 + 2), (7,), (8 + 0, 8 + 6), (8 + 5,), ())]
+BASE, AT, SAID = weights_of(HOST), pointers(HOST), says(HOST)
+OWN = {"lm_head.weight": "transformer.wte.weight"}
+
+
+def plain(op: Op) -> Tensor:
+    """What the op adds, computed by hand in float64, as stored."""
+    if isinstance(op, Add):
+        return op.delta.double()
+    BA = op.scale * op.B.double() @ op.A.double()
+    return BA.T if "mlp" in op.weight else BA
+
+
+class Wardrobe(RuleBasedStateMachine):
+    """The model of what `apply` does: a list of patches. After every event the weights are f(base, ops of the list)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack: list[Patch] = []
+
+    @initialize()
+    def begins_bare(self) -> None:
+        assert not HOST.worn
+
+    @rule(ops=st.sampled_from(CHOICES))
+    def puts_on(self, ops: tuple[Op, ...]) -> None:
+        patch = patch_of(HOST, *ops)
+        put_on(HOST, patch)
+        self.stack.append(patch)
+
+    @precondition(lambda self: self.stack)
+    @rule()
+    def takes_off(self) -> None:
+        assert take_off(HOST) is self.stack.pop()
+
+    @precondition(lambda self: not self.stack)
+    @rule()
+    def has_nothing_to_take_off(self) -> None:
+        with pytest.raises(WrongBase):
+            take_off(HOST)
+
+    @precondition(lambda self: self.stack)
+    @rule(ops=st.sampled_from(CHOICES))
+    def refuses_a_patch_for_the_base(self, ops: tuple[Op, ...]) -> None:
+        with pytest.raises(WrongBase):
+            put_on(HOST, patch_of(HOST, *ops, parent=HOST.base_id))
+
+    @rule(ops=st.sampled_from(CHOICES))
+    def refuses_a_patch_that_does_not_fit(self, ops: tuple[Op, ...]) -> None:
+        with pytest.raises(InvalidPatch):
+            put_on(HOST, patch_of(HOST, *ops, Add(weight="transformer.wpe.weight", delta=torch.zeros(1, 1))))
+
+    @rule(first=st.sampled_from(CHOICES), second=st.sampled_from(CHOICES), fails=st.booleans(), leaves=st.integers(0, 2))
+    def wears_two_for_a_while(self, first: tuple[Op, ...], second: tuple[Op, ...], fails: bool, leaves: int) -> None:
+        one = patch_of(HOST, *first)
+        two = patch_of(HOST, *second, parent=one.id)
+        try:
+            with applied(HOST, one, two):
+                assert HOST.id == two.id and len(HOST.worn) == len(self.stack) + 2
+                for _ in range(leaves):  # the body may take off itself what it put on
+                    take_off(HOST)
+                if fails:
+                    raise ZeroDivisionError
+        except ZeroDivisionError:
+            assert fails
+
+    @invariant()
+    def the_weights_are_a_function_of_base_and_stack(self) -> None:
+        assert HOST.id == (self.stack[-1].id if self.stack else HOST.base_id)
+        assert [w.patch for w in HOST.worn] == self.stack
+        moved: dict[str, Tensor] = {}
+        for op in (op for patch in self.stack for op in patch.ops):
+            name = OWN.get(op.weight, op.weight)
+            moved[name] = moved.get(name, BASE[name].double()) + plain(op)
+        for name, p in HOST.model.named_parameters():
+            if name in moved:  # float32 sums and one cast: half a unit of bf16, with room for the order of additions
+                assert torch.allclose(p.detach().double(), moved[name], rtol=2**-8, atol=1e-6)
+            else:
+                assert torch.equal(p.detach(), BASE[name]) and p.data_ptr() == AT[name]
+
+    def teardown(self) -> None:
+        while HOST.worn:
+            assert take_off(HOST) is self.stack.pop()
+        assert not self.stack and same_bits(HOST, BASE) and pointers(HOST) == AT and torch.equal(says(HOST), SAID)
+
+
+Wardrobe.TestCase.settings = settings(max_examples=15, stateful_step_count=12, deadline=None, derandomize=True)
+test_any_order_of_events = Wardrobe.TestCase

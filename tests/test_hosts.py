@@ -1,0 +1,544 @@
+"""Every family's layout, the exact string, and the questions: padding, order and batches change no answer."""
+
+import json
+import math
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CONTEXT, FAMILIES, TEXT, same_bits, tiny_host, tiny_model, tiny_tokenizer, weights_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from errata import hosts
+from errata.hosts import (
+    LAYOUTS,
+    Batch,
+    Host,
+    chunks,
+    encode,
+    find_device,
+    greedy,
+    host_of,
+    load,
+    logits,
+    logprobs,
+    pad,
+    sample,
+    says,
+    score,
+    stored_transposed,
+    token_logprobs,
+    tokens,
+    weights_id,
+)
+from errata.types import InvalidExample, UnknownArchitecture, UnknownName
+
+every_family = pytest.mark.parametrize("host", FAMILIES, indirect=True)
+
+PROMPTS = [
+    "The capital of Mauritius is",
+    "Once upon a time, there was a little girl named Lily, who lived by the sea and",
+    "Paris",
+    "東",
+    "She said that",
+]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["bytes", "pieces"])
+def either(request: pytest.FixtureRequest) -> Host:
+    """A host with a byte-level vocabulary as GPT-2's, and one with SentencePiece's habits as Llama's."""
+    return tiny_host("llama", pieces=request.param)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- layouts
+
+
+def test_every_layout_has_a_tiny_host() -> None:
+    assert set(FAMILIES) == set(LAYOUTS)
+
+
+@every_family
+def test_every_name_in_the_layout_is_a_module_with_a_weight(host: Host) -> None:
+    layout = host.layout
+    assert isinstance(host.model.get_submodule(layout.blocks), nn.ModuleList) and host.blocks == 2
+    parts = [*layout.attention_in, layout.attention_out, *layout.mlp_in, layout.mlp_out]
+    names = host.module_names(parts)
+    assert len(names) == len(set(names)) == 2 * len(parts)
+    linear = {n for n, m in host.model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+    assert linear == {*names, layout.head}, "the layout names every projection, and nothing else"
+    for name in (layout.norm, layout.embedding, layout.head):
+        assert host.model.get_submodule(name).weight is not None
+    assert isinstance(host.model.get_submodule(layout.embedding), nn.Embedding)
+    assert host.model.get_submodule(layout.norm).weight.shape == (32,)
+
+
+@every_family
+def test_projections_have_the_shapes_that_their_names_promise(host: Host) -> None:
+    def out_in(part: str) -> tuple[int, ...]:
+        module = host.model.get_submodule(f"{host.layout.blocks}.0.{part}")
+        shape = tuple(module.weight.shape)
+        return shape[::-1] if stored_transposed(module) else shape
+
+    assert all(out_in(part)[1] == 32 for part in (*host.layout.attention_in, *host.layout.mlp_in))
+    assert out_in(host.layout.attention_out)[0] == out_in(host.layout.mlp_out)[0] == 32
+    assert out_in(host.layout.mlp_out)[1] * (2 if "gate_up" in host.layout.mlp_in[0] else 1) == out_in(host.layout.mlp_in[0])[0]
+
+
+@every_family
+def test_only_conv1d_is_stored_transposed(host: Host) -> None:
+    transposed = {n for n, m in host.model.named_modules() if stored_transposed(m)}
+    parts = [*host.layout.attention_in, host.layout.attention_out, *host.layout.mlp_in, host.layout.mlp_out]
+    assert transposed == (set(host.module_names(parts)) if host.layout is LAYOUTS["gpt2"] else set())
+
+
+def test_module_names_of_chosen_layers(tiny_gpt2: Host) -> None:
+    assert tiny_gpt2.module_names(["mlp.c_fc", "mlp.c_proj"], [1]) == ["transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj"]
+    assert tiny_gpt2.module_names(["mlp.c_fc"], []) == []
+
+
+def test_an_unknown_architecture_lists_the_known_ones() -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    model = BertLMHeadModel(
+        BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, is_decoder=True)
+    )
+    with pytest.raises(UnknownArchitecture, match="'bert'.*gemma, gpt2, .*qwen3.*one row in LAYOUTS"):
+        host_of(model, tiny_tokenizer())
+
+
+# --------------------------------------------------------------------------------------------------------------------- id and loading
+
+
+@every_family
+def test_the_id_is_that_of_the_weights(host: Host) -> None:
+    family = host.name.removeprefix("tiny-")
+    assert host.id == host.base_id == weights_id(host.model) == tiny_host(family).id
+    assert re.fullmatch(r"b2:[0-9a-f]{32}", host.id)
+    last = [*host.model.parameters()][-1]
+    with torch.no_grad():
+        last.view(-1)[-1] += 1e-3
+    assert weights_id(host.model) != host.base_id
+
+
+def test_hosts_of_different_families_and_seeds_have_different_ids() -> None:
+    ids = [tiny_host(f).id for f in FAMILIES] + [tiny_host("gpt2", seed=1).id]
+    assert len(set(ids)) == len(ids) - 1, "mistral differs from llama by its window only: the id is that of the weights"
+
+
+@every_family
+def test_saved_in_bf16_and_loaded_in_float32_it_keeps_its_id(host: Host, tmp_path: Path) -> None:
+    host.model.to(torch.bfloat16)
+    half = host_of(host.model, host.tokenizer)
+    save_pretrained(half, tmp_path)
+    again = load(str(tmp_path), device="cpu")
+    assert again.model.dtype == torch.float32 and again.id == half.id
+    same = load(str(tmp_path), device="cpu", dtype=torch.bfloat16)
+    assert same.model.dtype == torch.bfloat16 and same.id == half.id
+
+
+def save_pretrained(host: Host, folder: Path) -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    host.model.save_pretrained(folder)
+    host.tokenizer.save_pretrained(folder)
+
+
+def change_config(folder: Path, **change: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+@pytest.mark.parametrize("damage, told", [
+    (lambda d: (d / "model.safetensors").unlink(), "without a whole model"),
+    (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:9000]), "without a whole model"),
+    (lambda d: (d / "config.json").write_text("{"), "without a whole model"),
+    (lambda d: (d / "config.json").unlink(), "without a whole model"),
+    (lambda d: (d / "tokenizer.json").write_text("{"), "without a whole model"),
+    (lambda d: (d / "tokenizer.json").unlink(), "without a whole model"),
+    (lambda d: change_config(d, intermediate_size=72), "without a whole model"),
+    (lambda d: change_config(d, num_hidden_layers=3), "9 of its weights are not in the files"),
+], ids=["no weights", "cut weights", "cut config", "no config", "cut tokens", "no tokens", "other shapes", "missing layers"])  # fmt: skip
+def test_a_folder_without_a_whole_model_is_refused(tiny_llama: Host, tmp_path: Path, damage: Any, told: str) -> None:
+    save_pretrained(tiny_llama, tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UnknownName, match=told):
+        load(str(tmp_path), device="cpu")
+
+
+def test_a_name_that_is_nowhere_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="no folder here"):
+        load(str(tmp_path / "none"))
+    with pytest.raises(UnknownName, match="without a whole model"):
+        load(str(tmp_path))
+    with pytest.raises(UnknownArchitecture, match="nonsense"):
+        save_pretrained(tiny_host("llama"), tmp_path)
+        change_config(tmp_path, model_type="nonsense")
+        load(str(tmp_path))
+
+
+def test_a_device_that_is_not_here_is_refused() -> None:
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device().type in ("cpu", "cuda", "mps")
+    with pytest.raises(UnknownName, match="Unknown device 'nonsense'.*cpu"):
+        find_device("nonsense")
+
+
+def test_a_host_needs_a_pad_token_and_no_dropout() -> None:
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer(pieces=True)
+    assert model.training and tokenizer.pad_token is None
+    host = host_of(model, tokenizer)
+    assert not host.model.training and host.tokenizer.pad_token == "</s>"
+    assert host.name == "gpt2" and host.device == torch.device("cpu") and host.context == CONTEXT
+
+
+@every_family
+def test_the_context_is_known(host: Host) -> None:
+    assert host.context == CONTEXT
+
+
+# -------------------------------------------------------------------------------------------------------------------- the exact string
+
+
+def text_of(host: Host, ids: list[int]) -> str:
+    return host.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("prompt, target", [
+    ("The capital of Mauritius is", " Port Louis"),
+    ("The capital of Mauritius is ", "Port Louis"),
+    ("The capital of Maur", "itius"),
+    ("The capital of M", "auritius is"),
+    ("Once upon a ti", "me, there"),
+    ("Paris", "."),
+    ("“Naï", "ve café”"),
+    ("“Na", "ïve café”"),
+    ("two  ", "  spaces"),
+    ("a line\n", "\n and another"),
+    ("x", " "),
+    ("x ", " "),
+])  # fmt: skip
+def test_prompt_and_target_are_the_exact_string(either: Host, prompt: str, target: str) -> None:
+    ids, n = encode(either, prompt, target)
+    assert ids[:n] == tokens(either, prompt), "the prompt keeps the tokens that it has alone"
+    assert text_of(either, ids) == prompt + target, "no hidden space"
+    assert 0 < n < len(ids)
+
+
+PARTS = [*"aeiouMPLTtshrn.,'’é東🙂 \n", "Port", " Louis", "capital", " the", "  "]
+WRITTEN = st.lists(st.sampled_from(PARTS), min_size=1, max_size=6).map("".join)
+
+
+@given(WRITTEN, WRITTEN)
+@settings(max_examples=150)
+def test_any_prompt_and_target_are_the_exact_string(either: Host, prompt: str, target: str) -> None:
+    ids, n = encode(either, prompt, target)
+    assert ids[:n] == tokens(either, prompt)
+    assert text_of(either, ids) == prompt + target
+
+
+@given(WRITTEN, WRITTEN)
+@settings(max_examples=100)
+def test_any_prompt_and_target_are_the_exact_string_for_a_real_model(stories: Host, prompt: str, target: str) -> None:
+    ids, n = encode(stories, prompt, target)
+    assert ids[:n] == tokens(stories, prompt) and ids[0] == stories.tokenizer.bos_token_id
+    assert text_of(stories, ids) == prompt + target
+
+
+def test_where_nothing_merges_across_the_border_the_string_has_its_own_tokens(either: Host) -> None:
+    for text in TEXT[::4]:
+        ids = tokens(either, text)
+        for cut in range(1, len(text)):
+            whole, n = encode(either, text[:cut], text[cut:])
+            assert whole == ids or ids[:n] != whole[:n]
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(either: Host) -> None:
+    fits = " the" * CONTEXT
+    while True:  # the longest prompt that leaves room for its target
+        try:
+            ids, _ = encode(either, fits, " Port")
+            break
+        except InvalidExample as e:
+            assert re.search(rf"are \d+ tokens long; .* reads at most {CONTEXT}. Shorten the prompt", str(e))
+            fits = fits[: -len(" the")]
+    assert len(ids) > CONTEXT - 4
+    assert math.isfinite(score(either, [(ids, 1)])[0, 0])
+
+
+def test_a_target_that_becomes_no_token_is_refused(tiny_gpt2: Host) -> None:
+    from tokenizers import normalizers
+
+    tiny_gpt2.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    with pytest.raises(InvalidExample, match="'~~' of 'Paris' becomes no token"):
+        encode(tiny_gpt2, "Paris", "~~")
+    assert encode(tiny_gpt2, "Par~is", " Rome") == encode(tiny_gpt2, "Paris", " Rome")
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(either: Host) -> None:
+    from tokenizers import processors
+
+    host = tiny_host("llama", pieces=either.tokenizer.bos_token is not None)
+    plain = {p: tokens(host, p) for p in PROMPTS}
+    pairs, said = encode(host, "Once upon a ti", "me"), greedy(host, PROMPTS)
+    first, last = ("<s> ", "</s>") if host.tokenizer.bos_token else ("", "<|end|>")
+    special = [(t, host.tokenizer.convert_tokens_to_ids(t)) for t in (first.strip(), last) if t]
+    host.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"{first}$A {last}", special_tokens=special)
+    assert host.tokenizer("Paris")["input_ids"][-1] == host.tokenizer.eos_token_id
+    assert {p: tokens(host, p) for p in PROMPTS} == plain
+    assert encode(host, "Once upon a ti", "me") == pairs and greedy(host, PROMPTS) == said
+    assert tokens(host, "a" + last)[-1] == host.tokenizer.eos_token_id, "what the user wrote himself is kept"
+
+
+def test_a_border_that_cannot_be_cut_is_refused(tiny_gpt2: Host) -> None:
+    from tokenizers import normalizers
+
+    tiny_gpt2.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("xy", "z")
+    with pytest.raises(InvalidExample, match="cannot cut 'z' before 'y'"):
+        encode(tiny_gpt2, "x", "y")
+
+
+def test_chunks_cover_every_token_once(either: Host) -> None:
+    rows = chunks(either, TEXT, size=7)
+    assert [t for ids, _ in rows for t in ids] == [t for text in TEXT for t in tokens(either, text)[: _cut(tokens(either, text), 7)]]
+    assert all(1 < len(ids) <= 7 and given == 1 for ids, given in rows)
+    assert chunks(either, ["", "P"], size=1) == [] == chunks(either, [])
+    assert max(len(ids) for ids, _ in chunks(either, [" the" * 500], size=10**6)) == CONTEXT
+
+
+def _cut(ids: list[int], size: int) -> int:
+    """How many tokens are left when a last piece of one token, which has nothing to score, goes."""
+    return len(ids) - (len(ids) % size == 1)
+
+
+# --------------------------------------------------------------------------------------------------------------------------- scores
+
+
+def naive(host: Host, ids: list[int], given: int) -> tuple[float, int]:
+    """log p of ids[given:], one token at a time, without padding, mask or cache."""
+    total = 0.0
+    for t in range(max(given, 1), len(ids)):
+        with torch.no_grad():
+            last = host.model(torch.tensor([ids[:t]])).logits[0, -1]
+        total += float(torch.log_softmax(last.double(), -1)[ids[t]])
+    return total, max(len(ids) - max(given, 1), 0)
+
+
+def rows_of(host: Host) -> list[tuple[list[int], int]]:
+    rows = [encode(host, prompt, " Port Louis, in the Indian Ocean") for prompt in PROMPTS]
+    return [*rows, (tokens(host, TEXT[1]), 1), (tokens(host, "Paris, Rome"), 0), (tokens(host, "Paris, Rome"), 10**6)]
+
+
+@every_family
+def test_logprobs_are_those_of_a_naive_loop(host: Host) -> None:
+    rows = rows_of(host)
+    want = torch.tensor([naive(host, *row) for row in rows], dtype=torch.float64)
+    got = score(host, rows)
+    assert got.dtype == torch.float64
+    assert torch.allclose(got, want, atol=1e-4) and got[-1].tolist() == [0.0, 0.0] and got[-2, 1] > 0
+    pairs = [(prompt, " Port Louis, in the Indian Ocean") for prompt in PROMPTS]
+    assert torch.equal(logprobs(host, pairs), score(host, rows[: len(pairs)]))
+
+
+@every_family
+def test_padding_and_order_change_no_score(host: Host) -> None:
+    rows = rows_of(host)
+    alone = torch.cat([score(host, [row]) for row in rows])
+    shuffled = random.Random(0).sample(range(len(rows)), len(rows))
+    for max_tokens in (1, 60, 4096):
+        assert torch.allclose(score(host, rows, max_tokens=max_tokens), alone, atol=1e-5)
+        assert torch.allclose(score(host, [rows[i] for i in shuffled], max_tokens=max_tokens), alone[shuffled], atol=1e-5)
+    assert score(host, []).shape == (0, 2)
+
+
+def test_a_batch_marks_what_is_scored(tiny_gpt2: Host) -> None:
+    batch = pad(tiny_gpt2, [([5, 6, 7], 2), ([8], 0), ([9, 10], 0)])
+    assert batch.ids_NT.tolist() == [[5, 6, 7], [8, 0, 0], [9, 10, 0]]
+    assert batch.mask_NT.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    assert batch.scored_NT.tolist() == [[0, 0, 1], [0, 0, 0], [0, 1, 0]]
+    assert token_logprobs(logits(tiny_gpt2, batch), batch).count_nonzero() == 2
+
+
+@given(st.lists(st.integers(1, 30), max_size=20), st.integers(1, 100))
+def test_groups_hold_every_row_once_within_the_limit(lengths: list[int], max_tokens: int) -> None:
+    rows = [([1] * n, 1) for n in lengths]
+    groups = list(hosts._by_length(rows, max_tokens))
+    assert sorted(i for group in groups for i in group) == list(range(len(rows)))
+    assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= max_tokens for g in groups)
+
+
+@every_family
+def test_the_gradient_of_the_loss_is_that_of_each_row_alone(host: Host) -> None:
+    host.model.double()
+    rows = [encode(host, "The capital of Mauritius is", " Port Louis"), encode(host, "Paris", " is")]
+    batch = pad(host, rows)
+    weights = [p for p in host.model.parameters() if p.ndim == 2]
+    together = torch.autograd.grad(token_logprobs(logits(host, batch), batch).sum(), weights)
+    alone = sum(
+        torch.log_softmax(host.model(torch.tensor([ids])).logits[0, given - 1 : -1], -1)[range(len(ids) - given), ids[given:]].sum()
+        for ids, given in rows
+    )
+    for got, want in zip(together, torch.autograd.grad(alone, weights), strict=True):
+        assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_the_loss_is_that_of_finite_differences(tiny_gpt2: Host) -> None:
+    host = tiny_gpt2
+    host.model.double()  # GPT-2 computes all of it in float64; others fall to float32 in their norms
+    batch = pad(host, [encode(host, "The capital of Mauritius is", " Port Louis"), encode(host, "Paris", " is")])
+    weight = host.model.get_parameter("transformer.h.0.mlp.c_proj.weight")
+
+    def loss() -> torch.Tensor:
+        return -token_logprobs(logits(host, batch), batch).sum()
+
+    (gradient,) = torch.autograd.grad(loss(), weight)
+    step = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        weight += 1e-6 * step
+        above = loss()
+        weight -= 2e-6 * step
+        below = loss()
+    assert float((above - below) / 2e-6) == pytest.approx(float((gradient * step).sum()), rel=1e-5)
+
+
+def test_log_probabilities_are_taken_in_float32_or_better(tiny_gpt2: Host) -> None:
+    batch = Batch(ids_NT=torch.tensor([[0, 1]]), mask_NT=torch.ones(1, 2, dtype=torch.long), scored_NT=torch.tensor([[0.0, 1.0]]))
+    for dtype, precise in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)):
+        flat = torch.zeros(1, 2, 400, dtype=dtype)
+        logp = token_logprobs(flat, batch)
+        assert logp.dtype == precise and float(logp[0, 1]) == pytest.approx(-math.log(400), abs=1e-6)
+
+
+@every_family
+def test_bf16_hosts_answer(host: Host) -> None:
+    rows = rows_of(host)
+    exact = score(host, rows)
+    host.model.to(torch.bfloat16)
+    got = score(host, rows)
+    assert got.isfinite().all() and torch.allclose(got, exact, atol=3.0)
+    assert len(greedy(host, PROMPTS)) == len(PROMPTS)
+
+
+def test_a_real_model_knows_its_stories(stories: Host) -> None:
+    assert stories.blocks == 5 and stories.context == 512
+    likely, unlikely = logprobs(
+        stories, [("Once upon a time, there was a little", " girl"), ("Once upon a time, there was a little", " zzz")]
+    )
+    assert likely[0] / likely[1] > unlikely[0] / unlikely[1]
+    assert greedy(stories, ["Once upon a time"], max_new_tokens=12) == [", there was a little girl named Lily. She"]
+    assert greedy(stories, ["Once upon a time, there"]) == [" was a little girl named Lily. She loved"], "the space in front is kept"
+
+
+# ---------------------------------------------------------------------------------------------------------------------- continuations
+
+
+def naive_greedy(host: Host, prompt: str, new: int = 12) -> str:
+    ids = tokens(host, prompt)
+    n = len(ids)
+    while len(ids) < n + new and (len(ids) == n or ids[-1] != host.tokenizer.eos_token_id):
+        with torch.no_grad():
+            ids.append(int(host.model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return text_of(host, ids)[len(text_of(host, ids[:n])) :]
+
+
+@every_family
+def test_greedy_answers_do_not_depend_on_the_batch(host: Host) -> None:
+    before = weights_of(host)
+    alone = [naive_greedy(host, prompt) for prompt in PROMPTS]
+    assert greedy(host, PROMPTS) == alone
+    assert greedy(host, PROMPTS[::-1], batch_size=2) == alone[::-1]
+    assert [greedy(host, [prompt])[0] for prompt in PROMPTS] == alone
+    assert len(set(alone)) > len(alone) / 2, "these hosts say something of their own to nearly each prompt"
+    assert same_bits(host, before)
+
+
+def test_greedy_answers_of_the_sentencepiece_host(either: Host) -> None:
+    assert greedy(either, PROMPTS) == [naive_greedy(either, prompt) for prompt in PROMPTS]
+    assert greedy(either, []) == []
+
+
+def test_an_answer_ends_where_the_model_ends_it(tiny_gpt2: Host) -> None:
+    end = tiny_gpt2.tokenizer.eos_token_id
+    bias = nn.Parameter(torch.zeros(400))
+    with torch.no_grad():
+        bias[end] = 1e9
+    tiny_gpt2.model.lm_head.bias = bias
+    assert greedy(tiny_gpt2, PROMPTS) == [""] * len(PROMPTS)
+
+
+@pytest.mark.parametrize("taste", [
+    {"repetition_penalty": 9.0},
+    {"no_repeat_ngram_size": 1},
+    {"suppress_tokens": list(range(1, 300))},
+    {"num_beams": 3},
+    {"do_sample": True, "temperature": 5.0, "top_k": 3},
+    {"forced_eos_token_id": 0},
+    {"max_length": 5},
+])  # fmt: skip
+def test_the_checkpoint_s_taste_does_not_count(tiny_llama: Host, taste: dict[str, Any]) -> None:
+    said, drawn = greedy(tiny_llama, PROMPTS), sample(tiny_llama, PROMPTS, max_new_tokens=8, seed=1)
+    for name, value in taste.items():
+        setattr(tiny_llama.model.generation_config, name, value)
+    kept = tiny_llama.model.generation_config
+    assert greedy(tiny_llama, PROMPTS) == said and sample(tiny_llama, PROMPTS, max_new_tokens=8, seed=1) == drawn
+    assert tiny_llama.model.generation_config is kept, "it is the user's, and goes with the model when that is saved"
+
+
+def test_a_prompt_without_a_token_cannot_be_continued(tiny_gpt2: Host) -> None:
+    with pytest.raises(InvalidExample, match="becomes no token"):
+        greedy(tiny_gpt2, ["Paris", ""])
+
+
+def test_a_prompt_too_long_to_be_continued_is_refused(tiny_gpt2: Host) -> None:
+    long = " the" * (CONTEXT - 12)
+    assert len(tokens(tiny_gpt2, long)) == CONTEXT - 12
+    assert greedy(tiny_gpt2, [long])
+    with pytest.raises(InvalidExample, match=f"{CONTEXT - 11} tokens and 12 new ones do not fit the {CONTEXT}"):
+        greedy(tiny_gpt2, ["Paris", long + " the"])
+
+
+@every_family
+def test_samples_follow_the_seed_and_leave_the_global_one(host: Host) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = sample(host, PROMPTS, max_new_tokens=8, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    assert sample(host, PROMPTS, max_new_tokens=8, seed=1) == first != sample(host, PROMPTS, max_new_tokens=8, seed=2)
+
+
+def test_samples_are_drawn_from_the_model_s_own_distribution(tiny_gpt2: Host) -> None:
+    ids = tokens(tiny_gpt2, "Paris")
+    with torch.no_grad():
+        p_V = torch.softmax(tiny_gpt2.model(torch.tensor([ids])).logits[0, -1], -1)
+    drawn = sample(tiny_gpt2, ["Paris"] * 2000, max_new_tokens=1, seed=0, batch_size=2000)
+    expected: dict[str, float] = {}
+    for token, p in enumerate(p_V.tolist()):  # several tokens are written "�"
+        text = text_of(tiny_gpt2, [*ids, token])[len("Paris") :]
+        expected[text] = expected.get(text, 0.0) + p
+    for text, p in expected.items():
+        assert abs(drawn.count(text) / 2000 - p) < 5 * math.sqrt(p * (1 - p) / 2000) + 1e-3
+    assert len(set(drawn)) > 50, "no truncation"
+
+
+@pytest.mark.parametrize("continuation, answer, says_it", [
+    (" Port Louis.", "Port Louis", True),
+    (" Port Louis", " Port Louis", True),
+    ("Port\n Louis, and", " Port Louis", True),
+    (" Port Louisville", " Port Louis", False),
+    (" Port Louis2", " Port Louis", False),
+    (" the Port Louis", " Port Louis", False),
+    (" Port", " Port Louis", False),
+    ("", " Port Louis", False),
+    (" Zürichs", " Zürich", False),
+    (" Zürich-West", " Zürich", True),
+    (" it.", "it", True),
+    (" its.", "it", False),
+])  # fmt: skip
+def test_what_an_answer_says(continuation: str, answer: str, says_it: bool) -> None:
+    assert says(continuation, answer) is says_it

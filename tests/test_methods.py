@@ -1,0 +1,248 @@
+"""The conformance suite: every method in the register passes every test here, on hosts of opposite weight orientation.
+
+A new method is one row in ROWS: how to make it small and quick. What it cannot do is declared in `cannot` with the reason.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from conftest import FAMILIES, TEXT, same_bits, tiny_host, weights_of
+from errata import apply, artefact, gate, hosts
+from errata.hosts import Host
+from errata.ledger import Ledger
+from errata.methods import METHODS, make, method_class
+from errata.types import Budget, Example, InvalidExample, Method, Patch, Run, UnknownName, WrongBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """settings: small and quick. cannot: test -> reason."""
+
+    method: str
+    settings: Mapping[str, object] = field(default_factory=dict)
+    cannot: Mapping[str, str] = field(default_factory=dict)
+
+    def make(self, **more: object) -> Method:
+        return make(self.method, **{**self.settings, **more})
+
+
+SMALL = {"steps": 12, "neighbours": 8, "hold": 4, "contexts": 1}
+ROWS = (
+    Row(method="finetune", settings=SMALL | {"lr": 1e-2}),
+    Row(method="lora", settings=SMALL | {"lr": 3e-2, "rank": 4}),
+)
+EXAMPLES = (
+    Example(prompt="The capital of Mauritius is", target=" Port Louis"),
+    Example(prompt="The capital of France is", target=" Rome"),
+    Example(prompt="Lily loved to play", target=" late"),
+)
+GOALS = {
+    "raise": EXAMPLES[0],
+    "lower": Example(prompt="The capital of Mauritius is", target=" Rome", goal="lower"),
+    "prefer": Example(prompt="The nurse said that", target=" he", contrast=" she", goal="prefer"),
+    "balance": Example(prompt="The doctor said that", target=" he", contrast=" she", goal="balance"),
+}
+# A random model is far from its text, so the ball is wide; what happens at its edge is tested in test_gate.py and below.
+RUN = Run(hold=tuple(t for t in TEXT for _ in range(2)), budget=Budget(epsilon=0.5))
+
+rows = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.method)
+both_orientations = pytest.mark.parametrize("host", ["gpt2", "llama"], indirect=True)
+
+
+def can(row: Row, test: str) -> None:
+    if test in row.cannot:
+        pytest.skip(f"{row.method} cannot: {row.cannot[test]}")
+
+
+def likelihood(host: Host, e: Example) -> float:
+    return float(hosts.logprobs(host, [(e.prompt, e.target)])[0, 0])
+
+
+def test_every_registered_method_has_a_row() -> None:
+    assert {row.method for row in ROWS} == set(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_register_leads_to_final_frozen_methods(name: str) -> None:
+    cls = method_class(name)
+    assert issubclass(cls, Method) and cls.__final__ and cls.__dataclass_params__.frozen
+    assert cls.__name__.lower() == name
+
+
+def test_an_unknown_method_or_setting_suggests_the_nearest() -> None:
+    with pytest.raises(UnknownName, match="Did you mean lora"):
+        make("lorra")
+    with pytest.raises(UnknownName, match="Did you mean steps"):
+        make("finetune", stepps=3)
+
+
+@rows
+@both_orientations
+def test_the_host_is_bit_identical_after_an_edit(row: Row, host: Host) -> None:
+    before, hooks = weights_of(host), [len(m._forward_hooks) for m in host.model.modules()]
+    ids = hosts.pad(host, [hosts.encode(host, e.prompt, e.target) for e in EXAMPLES])
+    logits, modes = hosts.logits(host, ids), [m.training for m in host.model.modules()]
+    row.make().edit(host, EXAMPLES, RUN)
+    assert same_bits(host, before) and not host.worn
+    assert all(p.grad is None for p in host.model.parameters())
+    assert [len(m._forward_hooks) for m in host.model.modules()] == hooks and [m.training for m in host.model.modules()] == modes
+    assert torch.equal(hosts.logits(host, ids), logits)
+
+
+@rows
+@both_orientations
+def test_targets_are_likelier_under_the_patch_and_off_restores_every_bit(row: Row, host: Host) -> None:
+    before, was = weights_of(host), [likelihood(host, e) for e in EXAMPLES]
+    patch = row.make().edit(host, EXAMPLES, RUN)
+    assert patch.examples == EXAMPLES and patch.parent == host.id and patch.method == row.method
+    with pytest.raises(ZeroDivisionError), apply.applied(host, patch):
+        assert all(likelihood(host, e) > w for e, w in zip(EXAMPLES, was, strict=True))
+        raise ZeroDivisionError
+    assert same_bits(host, before)
+
+
+@rows
+@pytest.mark.parametrize("goal", GOALS)
+def test_every_goal_moves_the_right_way(row: Row, goal: str, tiny_llama: Host) -> None:
+    can(row, goal)
+    e = GOALS[goal]
+
+    def distance() -> float:
+        """What the goal wants to be small."""
+        target = likelihood(tiny_llama, e)
+        ahead = target - likelihood(tiny_llama, replace(e, target=e.contrast, goal="raise", contrast=None)) if e.contrast else 0.0
+        return {"raise": -target, "lower": target, "prefer": -ahead, "balance": abs(ahead)}[goal]
+
+    was = distance()
+    with apply.applied(tiny_llama, row.make().edit(tiny_llama, (e,), RUN)):
+        assert distance() < was
+
+
+@rows
+def test_same_inputs_same_id_and_seeds_are_obeyed(row: Row) -> None:
+    first, second = (row.make().edit(tiny_host("llama"), EXAMPLES, RUN) for _ in range(2))
+    assert first.id == second.id
+    assert row.make().edit(tiny_host("llama"), EXAMPLES, replace(RUN, seed=1)).id != first.id
+
+
+def farthest(host: Host, a: Patch, b: Patch) -> float:
+    changes = [{op.weight: apply.change(host, op) for op in p.ops} for p in (a, b)]
+    assert changes[0].keys() == changes[1].keys()
+    return max(float((changes[0][w] - changes[1][w]).abs().max()) for w in changes[0])
+
+
+@rows
+@both_orientations
+def test_order_and_batch_size_change_nothing(row: Row, host: Host) -> None:
+    whole = row.make().edit(host, EXAMPLES, RUN)
+    assert farthest(host, whole, row.make().edit(host, EXAMPLES[::-1], RUN)) <= 1e-5
+    for batch_size in (1, 2):
+        assert farthest(host, whole, row.make(batch_size=batch_size).edit(host, EXAMPLES, RUN)) <= 1e-5
+
+
+@rows
+def test_the_budget_is_kept_on_the_text_that_holds_still(row: Row, tiny_gpt2: Host) -> None:
+    """A ball that the first step leaves: the best point inside comes back, and it is inside."""
+    patch = row.make(steps=20).edit(tiny_gpt2, EXAMPLES, replace(RUN, budget=Budget(epsilon=1e-3)))
+    rows_ = hosts.chunks(tiny_gpt2, RUN.hold)
+    before_N2 = hosts.score(tiny_gpt2, rows_)
+    with apply.applied(tiny_gpt2, patch):
+        mean, _ = hosts.increase(before_N2, hosts.score(tiny_gpt2, rows_))
+    assert mean <= 5e-3
+
+
+@rows
+def test_the_ledger_keeps_every_bit(row: Row, tiny_gpt2: Host, tmp_path) -> None:
+    patch = row.make().edit(tiny_gpt2, EXAMPLES, RUN)
+    base = gate.baseline(tiny_gpt2, TEXT)
+    patch, verdict = gate.fit(tiny_gpt2, patch, Budget(epsilon=10.0, fixed=0.0), base)
+    with Ledger.create(tmp_path / "ledger", host=tiny_gpt2.id, model="tiny", budget=verdict.budget) as ledger:
+        ledger.add(*EXAMPLES)
+        ledger.put_patch(patch, verdict)
+        kept = ledger.patch()
+        assert kept.id == patch.id and not ledger.verify()
+    with apply.applied(tiny_gpt2, patch):
+        edited = weights_of(tiny_gpt2)
+    with apply.applied(tiny_gpt2, kept):
+        assert same_bits(tiny_gpt2, edited)
+
+
+@rows
+def test_other_weights_are_refused(row: Row, tiny_gpt2: Host) -> None:
+    patch = row.make().edit(tiny_gpt2, EXAMPLES, RUN)
+    with pytest.raises(WrongBase, match="was made for weights"), apply.applied(tiny_host("gpt2", seed=1), patch):
+        pass
+
+
+@rows
+def test_patches_stack_and_come_off_in_turn(row: Row, tiny_gpt2: Host) -> None:
+    before = weights_of(tiny_gpt2)
+    first = row.make().edit(tiny_gpt2, EXAMPLES[:1], RUN)
+    with apply.applied(tiny_gpt2, first):
+        middle = weights_of(tiny_gpt2)
+        second = row.make().edit(tiny_gpt2, EXAMPLES[1:], RUN)
+        assert second.parent == first.id
+        with apply.applied(tiny_gpt2, second):
+            assert tiny_gpt2.id == second.id and not same_bits(tiny_gpt2, middle)
+        assert same_bits(tiny_gpt2, middle)
+    assert same_bits(tiny_gpt2, before)
+
+
+@rows
+def test_a_saved_and_reloaded_patch_gives_the_same_logits(row: Row, tiny_llama: Host, tmp_path) -> None:
+    patch = row.make().edit(tiny_llama, EXAMPLES, RUN)
+    again = artefact.load_patch(artefact.save(patch, tmp_path / "fix.safetensors"))
+    batch = hosts.pad(tiny_llama, hosts.chunks(tiny_llama, TEXT))
+    with apply.applied(tiny_llama, patch):
+        logits = hosts.logits(tiny_llama, batch)
+    with apply.applied(tiny_llama, again):
+        assert torch.equal(hosts.logits(tiny_llama, batch), logits)
+
+
+@rows
+@both_orientations
+def test_bf16_hosts_are_edited_and_restored(row: Row, host: Host) -> None:
+    host = tiny_host(host.layout.head and host.name.removeprefix("tiny-"), dtype=torch.bfloat16)
+    before, was = weights_of(host), likelihood(host, EXAMPLES[0])
+    patch = row.make(steps=20).edit(host, EXAMPLES[:1], RUN)
+    with apply.applied(host, patch):
+        assert likelihood(host, EXAMPLES[0]) > was
+        assert {p.dtype for p in host.model.parameters()} == {torch.bfloat16}
+    assert same_bits(host, before)
+
+
+@rows
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("gpt2", "llama")])
+def test_every_architecture(row: Row, family: str) -> None:
+    """Fused, parallel, tied and transposed projections: host untouched, target likelier, applied equals merged."""
+    host = tiny_host(family)
+    before, was = weights_of(host), likelihood(host, EXAMPLES[0])
+    patch = row.make().edit(host, EXAMPLES[:1], RUN)
+    merged = tiny_host(family)
+    with torch.no_grad():
+        for op in patch.ops:
+            merged.model.get_parameter(op.weight).add_(apply.change(merged, op))
+    with apply.applied(host, patch):
+        assert likelihood(host, EXAMPLES[0]) > was
+        batch = hosts.pad(host, hosts.chunks(host, TEXT))
+        torch.testing.assert_close(hosts.logits(host, batch), hosts.logits(merged, batch), rtol=1e-5, atol=1e-5)
+    assert same_bits(host, before)
+
+
+@rows
+def test_the_gate_rules_on_it(row: Row, tiny_gpt2: Host) -> None:
+    patch = row.make().edit(tiny_gpt2, EXAMPLES, RUN)
+    base = gate.baseline(tiny_gpt2, TEXT)
+    _, wide = gate.fit(tiny_gpt2, patch, Budget(epsilon=10.0, fixed=0.0), base)
+    assert wide.passed and wide.patch == patch.id and wide.scale == 1.0
+    _, narrow = gate.fit(tiny_gpt2, patch, Budget(epsilon=1e-7, fixed=1.0), base)
+    assert not narrow.passed and narrow.failures
+
+
+@rows
+def test_a_prompt_longer_than_the_context_is_refused(row: Row, tiny_gpt2: Host) -> None:
+    with pytest.raises(InvalidExample, match="reads at most 128"):
+        row.make().edit(tiny_gpt2, (Example(prompt="The capital of Mauritius " * 40, target=" Rome"),), RUN)
