@@ -5,8 +5,8 @@
 """
 
 import copy
+import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ FAMILIES = tuple(CONFIGS)
 
 def tiny_tokenizer(pieces: bool = False) -> Any:
     """A BPE of 400 tokens trained on TEXT: byte-level as GPT-2's, or `pieces` as Llama's (a space is put in front, <s> before that)."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     if not pieces:
@@ -84,15 +84,11 @@ def tiny_tokenizer(pieces: bool = False) -> Any:
     ascii_only = ["".join(c for c in line if c.isascii()) for line in TEXT]  # what is left out falls back to bytes
     tokenizer.train_from_iterator([word for line in ascii_only for word in line.split(" ")], trainer)
     # as in a real SentencePiece vocabulary, the bytes are ordinary tokens: literal "<0x41>" in a text is not one of them
-    state = tokenizer.to_str()
-    import json
-
-    raw = json.loads(state)
+    raw = json.loads(tokenizer.to_str())
     raw["added_tokens"] = [t for t in raw["added_tokens"] if t["content"] in special]
     tokenizer = Tokenizer.from_str(json.dumps(raw))
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
-    del AddedToken
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
@@ -150,7 +146,7 @@ def tiny_llama() -> Host:
 def _stories_folder() -> Path | None:
     roots = [Path(__file__).parents[2] / "shared"]
     if data := os.environ.get("ERRATA_DATA"):
-        roots.insert(0, Path(data).parent)
+        roots.insert(0, Path(data).resolve().parent)
     return next((r / "models" / "stories260K" for r in roots if (r / "models" / "stories260K" / "config.json").is_file()), None)
 
 
@@ -168,8 +164,7 @@ def stories(_stories: Host) -> Host:
     return host_of(copy.deepcopy(_stories.model), copy.deepcopy(_stories.tokenizer), "stories260K")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None] | None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "stories" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.data)
-    return None

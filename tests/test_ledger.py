@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -26,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errata import ledger as room
-from errata.artefact import to_bytes as bytes_of_patch
+from errata.artefact import to_bytes, write_whole
 from errata.ledger import FILE, Ledger
 from errata.types import (
     Add,
@@ -622,6 +623,16 @@ def test_a_row_that_refers_to_nothing_is_found(ledger: Ledger) -> None:
     assert kinds(ledger) == ["database"]
 
 
+def test_an_index_that_does_not_meet_its_table_is_found(ledger: Ledger) -> None:
+    ledger.add(fact(1))
+    ledger.close()
+    raw, prompt = (ledger.path / FILE).read_bytes(), fact(1).prompt.encode()
+    _, index = [found.start() for found in re.finditer(b'(?<!:")' + prompt, raw)]  # and once more in the content, behind :"
+    (ledger.path / FILE).write_bytes(raw[:index] + prompt.upper() + raw[index + len(prompt) :])
+    with Ledger(ledger.path) as again:
+        assert set(kinds(again)) == {"database"}
+
+
 def test_verify_looks_at_every_record(ledger: Ledger) -> None:
     for value in (1.0, 2.0, 3.0):
         put(ledger, fact(1), value=value)
@@ -734,6 +745,20 @@ def test_a_sync_that_failed_promises_nothing(ledger: Ledger) -> None:
     failed.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
     with pytest.raises(LedgerError, match="whole or not at all"), room._spoken(ledger.path):
         raise failed
+
+
+def test_a_blob_that_waits_for_its_row_is_not_collected(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_while_another_collects(path: Path, raw: bytes) -> None:
+        write_whole(path, raw)
+        with Ledger(ledger.path) as other:
+            other._db.execute("PRAGMA busy_timeout = 0")
+            with pytest.raises(LedgerError, match="another process"):
+                other.collect()
+
+    monkeypatch.setattr(room, "write_whole", write_while_another_collects)
+    put(ledger, fact(1))
+    ledger.put_state(state_of())
+    assert ledger.verify() == []
 
 
 HOLDER = (
@@ -948,7 +973,7 @@ TASKS: dict[str, Callable[..., Any]] = {
 def serve() -> None:
     """One JSON line in, one out. A fork for each task, so that torch (1.5 seconds) is imported once."""
     assert "transformers" not in sys.modules
-    bytes_of_patch(patch_of(fact(1)))  # torch and NumPy open files of their own at first use, and torch dies if it cannot
+    to_bytes(patch_of(fact(1)))  # torch and NumPy open files of their own at first use, and torch dies if it cannot
     for line in sys.stdin:
         task, *args = json.loads(line)
         print(json.dumps(TASKS[task](*args)), flush=True)

@@ -56,7 +56,9 @@ def to_bytes(patch: Patch) -> bytes:
     }
     manifest = _manifest(patch, patch.id)
     if 2 * len(manifest.encode()) > MAX_HEADER:  # twice, for the header quotes it once more
-        raise InvalidPatch(f"The examples and settings of a patch by {patch.method} are too long for one file. Divide it into several patches.")
+        raise InvalidPatch(
+            f"The examples and settings of a patch by {patch.method} are too long for one file. Divide it into several patches."
+        )
     raw: bytes = bytes_from_tensors(tensors, metadata={"errata": manifest})
     return raw
 

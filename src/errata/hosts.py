@@ -355,6 +355,31 @@ def token_logprobs(logits_NTV: Float[Tensor, "N T V"], batch: Batch) -> Float[Te
     return nn.functional.pad(picked_NT, (1, 0)) * batch.scored_NT
 
 
+def predictions(host: Host, batch: Batch, weights: Weights | None = None) -> Float[Tensor, "P V"]:
+    """(P, V) logits, float32 or better, that predict each scored token, row after row.
+
+    The head runs at those positions only: with a large vocabulary it is most of the work, and a prompt has nothing to score.
+    """
+    scored_NT = batch.scored_NT.bool()
+
+    def pick(_head: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (given[0][:, :-1][scored_NT[:, 1:]].unsqueeze(0), *given[1:])
+
+    handle = host.model.get_submodule(host.layout.head).register_forward_pre_hook(pick)
+    try:
+        logits_PV = logits(host, batch, weights).squeeze(0)
+    finally:
+        handle.remove()
+    return logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32))
+
+
+def scored_logprobs(host: Host, batch: Batch, weights: Weights | None = None) -> Float[Tensor, "N T"]:
+    """(N, T) log p(token t | tokens before t), zero where `batch.scored_NT` is zero."""
+    where_NT = batch.scored_NT.bool()
+    logp_P = torch.log_softmax(predictions(host, batch, weights), dim=-1).gather(-1, batch.ids_NT[where_NT].unsqueeze(1)).squeeze(1)
+    return torch.zeros_like(batch.scored_NT, dtype=logp_P.dtype).masked_scatter(where_NT, logp_P)
+
+
 def _by_length(rows: Sequence[tuple[list[int], int]], max_tokens: int) -> Iterator[list[int]]:
     """Indices of rows of similar length, at most `max_tokens` padded tokens a group."""
     group: list[int] = []
@@ -375,7 +400,7 @@ def score(
     out_N2 = torch.zeros(len(rows), 2, dtype=torch.float64)
     for group in _by_length(rows, max_tokens):
         batch = pad(host, [rows[i] for i in group])
-        logp_NT = token_logprobs(logits(host, batch, weights), batch)
+        logp_NT = scored_logprobs(host, batch, weights)
         out_N2[group] = torch.stack([logp_NT.double().sum(1), batch.scored_NT.double().sum(1)], dim=1).cpu()
     return out_N2
 

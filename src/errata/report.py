@@ -126,8 +126,7 @@ def where(host: Host, patch: Patch) -> tuple[Moved, ...]:
 
 
 def _column(layer: str) -> float:
-    ends = {"embedding": -1, "norm": math.inf, "head": math.inf, "other": math.inf}
-    return ends[layer] if layer in ends else int(layer)
+    return float(layer) if layer.isdigit() else -1.0 if layer == "embedding" else math.inf
 
 
 def _place(host: Host, weight: str) -> tuple[str, str]:
@@ -208,7 +207,7 @@ def _plain(value: Any) -> Any:
 def html(report: Report) -> str:
     """The page as one string."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {f.__name__: f for f in (cut, rate, interval, difference, number, size, seconds, is_rate)}
+    environment.filters |= {f.__name__: f for f in (cut, rate, interval, difference, number, power, size, seconds, is_rate)}
     main = report.entries[0]
     template = environment.from_string(resources.files("errata").joinpath("report.html.j2").read_text(encoding="utf-8"))
     return template.render(
@@ -223,7 +222,7 @@ def html(report: Report) -> str:
         max_failures=SHOWN_FAILURES,
         chart=budget_chart(report.entries, report.before),
         legend=_legend(report.entries),
-        entries=[_compared(e) for e in report.entries],
+        entries=[_compared(e) for e in _in_order(report.entries)],
         measures=_measures(main.scores, report.before),
         rings=_rings(main.scores),
         ring_chart=ring_chart({r: aggregate(main.scores, f"neighbours.{r}") for r in RINGS}),
@@ -240,7 +239,7 @@ _KINDS = {
     "paraphrases": "unseen phrasing",
     "paragraphs": "in a paragraph",
     "negations": "denial",
-    **{f"neighbours.{r}": f"neighbour: {RING_NAMES[r]}" for r in RINGS},
+    **{f"neighbours.{r}": f"neighbour ({r})" for r in RINGS},
 }
 
 
@@ -269,7 +268,7 @@ def _tiles(report: Report) -> Iterator[Tile]:
         lines = [f"95 %: {interval(now, True)}" if now.low is not None else "nothing to count", f"n = {now.n:,}"]
         yield Tile(name, rate(now.value), (*([f"was {rate(was)}"] if was is not None else []), *lines))
     if verdict := main.verdict:
-        lines = [f"loss {number(verdict.increase, True)}, bound {number(verdict.upper, True)}", f"limit {number(verdict.budget.epsilon)}"]
+        lines = [f"loss {power(verdict.increase, True)}, bound {power(verdict.upper, True)}", f"limit {power(verdict.budget.epsilon)}"]
         yield Tile("Budget spent", rate(verdict.spent, 0), tuple(lines))
     yield Tile("Made in", seconds(main.seconds), (f"patch of {size(main.scores.patch_bytes)}", f"peak memory {size(main.peak_mb * 2**20)}"))
 
@@ -278,6 +277,12 @@ def _shown(answers: Sequence[Answer]) -> list[list[Answer]]:
     """The first answers of each kind of the first cases, in their order, whatever came out."""
     cases = list(dict.fromkeys(a.case for a in answers))[:SHOWN_CASES]
     return [[a for kind, n in SHOWN.items() for a in [a for a in answers if (a.case, a.measure) == (case, kind)][:n]] for case in cases]
+
+
+def _in_order(entries: Sequence[Entry]) -> list[Entry]:
+    """By label, as they come, then by budget."""
+    labels = list(dict.fromkeys(e.label for e in entries))
+    return sorted(entries, key=lambda e: (labels.index(e.label), e.epsilon or 0.0))
 
 
 def _compared(entry: Entry) -> dict[str, Any]:
@@ -319,17 +324,21 @@ def rate(value: float | None, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %" if math.isfinite(value) else "not finite"
 
 
-def number(value: float | None, sign: bool = False) -> str:
-    """Three figures; small and large ones with a power of ten."""
+def number(value: float | None, sign: bool = False, figures: int = 3) -> str:
+    """So many figures; small and large ones with a power of ten."""
+    if value is None or not math.isfinite(value) or not (value == 0 or 1e-2 <= abs(value) < 1e4):
+        return power(value, sign)
+    return f"{value:{'+' if sign else ''}.{figures}g}".replace("-", "−")
+
+
+def power(value: float | None, sign: bool = False) -> str:
+    """Two figures and a power of ten, as budgets are written."""
     if value is None:
         return "none"
     if not math.isfinite(value):
         return "not finite"
-    plus = "+" if sign else ""
-    if value == 0 or 1e-2 <= abs(value) < 1e4:
-        return f"{value:{plus}.3g}".replace("-", "−")
-    mantissa, _, power = f"{value:{plus}.1e}".partition("e")
-    return f"{mantissa.removesuffix('.0')}e{int(power)}".replace("-", "−")
+    mantissa, _, exponent = f"{value:{'+' if sign else ''}.1e}".partition("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}".replace("-", "−")
 
 
 def difference(e: Estimate, as_rate: bool) -> str:
@@ -348,7 +357,7 @@ def interval(e: Estimate, as_rate: bool) -> str:
     return f"{100 * e.low:.1f} to {100 * e.high:.1f} %".replace("-", "−") if as_rate else f"{number(e.low)} to {number(e.high)}"
 
 
-def size(nbytes: float) -> str:
+def size(nbytes: int | float) -> str:
     units = ("B", "kB", "MB", "GB")
     step = min(3, int(math.log(nbytes, 1024))) if nbytes >= 1 else 0
     return f"{nbytes / 1024**step:.{1 if step else 0}f} {units[step]}"
@@ -394,9 +403,9 @@ def _line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
 
 def budget_bar(verdict: Verdict) -> Markup:
     """The measured increase, its 95 % bound and the limit on one axis."""
-    limit, told = verdict.budget.epsilon, f"reference loss {number(verdict.increase, True)}, 95 % bound {number(verdict.upper, True)}"
-    description = f"{told}, limit {number(limit)}."
-    width, left, right, top, height = 760, 14, 746, 30, 26
+    limit, told = verdict.budget.epsilon, f"reference loss {power(verdict.increase, True)}, 95 % bound {power(verdict.upper, True)}"
+    description = f"{told}, limit {power(limit)}."
+    width, left, right, top, height = 760, 14.0, 746.0, 30.0, 26.0
     if not (math.isfinite(verdict.increase) and math.isfinite(verdict.upper)):
         return _picture(
             width, 40, "Budget spent", description, [_label("The loss on reference text is not finite.", left, 25.0, class_="bad")]
@@ -419,14 +428,14 @@ def budget_bar(verdict: Verdict) -> Markup:
         _tag("rect", x=x(0.0), y=top, width=x(limit) - x(0.0), height=height, class_="room"),
         _tag("rect", x=start, y=top + 5, width=max(2.0, end - start), height=height - 10, class_=f"fill {inside}"),
         _line(x(verdict.increase), middle, x(verdict.upper), middle, f"whisker {inside}"),
-        _line(x(verdict.upper), top + 4.0, x(verdict.upper), top + height - 4.0, f"whisker {inside}"),
-        _line(x(limit), top - 7.0, x(limit), top + height + 7.0, "limit"),
-        _line(x(0.0), top - 2.0, x(0.0), top + height + 2.0, "axis"),
-        mark(f"limit {number(limit)}", limit, top - 12.0, class_="strong"),
-        mark(f"measured {number(verdict.increase, True)}", verdict.increase, top + height + 18.0),
-        mark(f"95 % bound {number(verdict.upper, True)}", verdict.upper, top + height + 36.0, class_="muted"),
+        _line(x(verdict.upper), top + 4, x(verdict.upper), top + height - 4, f"whisker {inside}"),
+        _line(x(limit), top - 7, x(limit), top + height + 7, "limit"),
+        _line(x(0.0), top - 2, x(0.0), top + height + 2, "axis"),
+        mark(f"limit {power(limit)}", limit, top - 12, class_="strong"),
+        mark(f"measured {power(verdict.increase, True)}", verdict.increase, top + height + 18),
+        mark(f"95 % bound {power(verdict.upper, True)}", verdict.upper, top + height + 36, class_="muted"),
     ]
-    return _picture(width, top + height + 44, "Budget spent", description, parts)
+    return _picture(width, round(top + height + 44), "Budget spent", description, parts)
 
 
 def _marker(series: int, x: float, y: float, hollow: bool) -> Markup:
@@ -443,90 +452,110 @@ def _marker(series: int, x: float, y: float, hollow: bool) -> Markup:
     return _tag("polygon", points=points, class_=class_)
 
 
-def _labels(entries: Sequence[Entry]) -> list[str]:
-    return list(dict.fromkeys(e.label for e in entries if e.epsilon is not None))
+def _lines(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+    """label -> its entries from the smallest budget to the largest; entries without a budget are in no line."""
+    out: dict[str, list[Entry]] = {}
+    for e in _in_order(entries):
+        if e.epsilon is not None:
+            out.setdefault(e.label, []).append(e)
+    return out
 
 
 def _legend(entries: Sequence[Entry]) -> list[tuple[str, Markup]]:
     """(label, small picture) for each line of the chart."""
-    pictures = [_line(1, 8, 33, 8, f"series s{i % 8}") + _marker(i, 17, 8, False) for i in range(len(_labels(entries)))]
+    pictures = [_line(1.0, 8.0, 33.0, 8.0, f"series s{i % 8}") + _marker(i, 17.0, 8.0, False) for i in range(len(_lines(entries)))]
     return [
-        (label, _tag("svg", p, viewBox="0 0 34 16", width=34, height=16, aria_hidden="true"))
-        for label, p in zip(_labels(entries), pictures, strict=True)
+        (label, _tag("svg", picture, viewBox="0 0 34 16", width=34, height=16, aria_hidden="true"))
+        for label, picture in zip(_lines(entries), pictures, strict=True)
     ]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class _Plane:
+    """Where a budget (between two powers of ten) and a share stand in the chart."""
+
+    low: float
+    high: float
+    left: float = 52.0
+    right: float = 744.0
+    top: float = 14.0
+    bottom: float = 316.0
+
+    def x(self, epsilon: float) -> float:
+        return self.left + 24 + (self.right - self.left - 48) * (math.log10(epsilon) - self.low) / (self.high - self.low)
+
+    def y(self, share: float) -> float:
+        return self.bottom - (self.bottom - self.top) * share
 
 
 def budget_chart(entries: Sequence[Entry], before: Scores | None = None) -> Markup | None:
     """Unseen text right (solid, with Wilson bars) and neighbours kept (dashed) against epsilon, one colour for each label."""
-    labels = _labels(entries)
-    if not labels:
+    lines = _lines(entries)
+    if not lines:
         return None
-    width, height, left, right, top, bottom = 760, 360, 52, 744, 14, 316
-    budgets = [e.epsilon for e in entries if e.epsilon is not None]
-    low, high = math.log10(min(1e-5, *budgets)), math.log10(max(1e-2, *budgets))
-
-    def x(epsilon: float) -> float:
-        return left + 24 + (right - left - 48) * (math.log10(epsilon) - low) / (high - low)
-
-    def y(share: float) -> float:
-        return bottom - (bottom - top) * share
-
-    parts = [_line(left, y(t / 100), right, y(t / 100), "grid") for t in range(0, 101, 25)]
-    parts += [_label(f"{t} %", left - 8, y(t / 100) + 4, text_anchor="end", class_="muted") for t in range(0, 101, 25)]
-    for power in range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1):
-        parts += [_line(x(10.0**power), bottom, x(10.0**power), bottom + 5, "axis"), _decade(power, x(10.0**power), bottom + 21)]
-    parts.append(
-        _label("limit on the relative increase of reference loss (ε)", (left + right) / 2, height - 4, text_anchor="middle", class_="muted")
-    )
+    budgets = [e.epsilon or 1.0 for own in lines.values() for e in own]
+    plane = _Plane(low=math.log10(min(1e-5, *budgets)), high=math.log10(max(1e-2, *budgets)))
+    parts = list(_axes(plane))
     base = aggregate(before, "ood").value if before else None
     if base is not None and math.isfinite(base):
-        parts += [
-            _line(left, y(base), right, y(base), "base"),
-            _label("no edit", right - 4, y(base) - 6, text_anchor="end", class_="muted"),
-        ]
-    for series, label in enumerate(labels):
-        own = sorted((e for e in entries if e.label == label and e.epsilon is not None), key=lambda e: e.epsilon or 0)
-        shift = 8.0 * (series - (len(labels) - 1) / 2)
-        parts += _series(series, [(x(e.epsilon or 1) + shift, e) for e in own], y)
+        parts.append(_line(plane.left, plane.y(base), plane.right, plane.y(base), "base"))
+        parts.append(_label("no edit", plane.right - 4, plane.y(base) - 6, text_anchor="end", class_="muted"))
+    for i, own in enumerate(lines.values()):
+        parts += _points(i, own, plane, shift=8 * (i - (len(lines) - 1) / 2))
     description = "; ".join(
-        f"{e.label} at {number(e.epsilon)}: {rate(aggregate(e.scores, 'ood').value)} of unseen text right, "
+        f"{e.label} at {power(e.epsilon)}: {rate(aggregate(e.scores, 'ood').value)} of unseen text right, "
         f"{rate(aggregate(e.scores, 'neighbours').value)} of neighbours kept"
-        for e in entries
-        if e.epsilon is not None
+        for own in lines.values()
+        for e in own
     )
-    return _picture(width, height, "Success against budget", description, parts)
+    return _picture(760, 360, "Success against budget", description, parts)
 
 
-def _decade(power: int, x: float, y: float) -> Markup:
-    exponent = _tag("tspan", str(power).replace("-", "−"), dy=-5, class_="small")
-    return _tag("text", "10", exponent, x=x, y=y, text_anchor="middle", class_="muted")
+def _axes(plane: _Plane) -> Iterator[Markup]:
+    for percent in range(0, 101, 25):
+        y = plane.y(percent / 100)
+        yield _line(plane.left, y, plane.right, y, "grid")
+        yield _label(f"{percent} %", plane.left - 8, y + 4, text_anchor="end", class_="muted")
+    for decade in range(math.ceil(plane.low - 1e-9), math.floor(plane.high + 1e-9) + 1):
+        x = plane.x(10.0**decade)
+        raised = _tag("tspan", str(decade).replace("-", "−"), dy=-5, class_="small")
+        yield _line(x, plane.bottom, x, plane.bottom + 5, "axis")
+        yield _tag("text", "10", raised, x=x, y=plane.bottom + 21, text_anchor="middle", class_="muted")
+    middle = (plane.left + plane.right) / 2
+    yield _label("limit on the relative increase of reference loss (ε)", middle, plane.bottom + 40, text_anchor="middle", class_="muted")
 
 
-def _series(series: int, points: Sequence[tuple[float, Entry]], y: Any) -> Iterator[Markup]:
+def _points(series: int, entries: Sequence[Entry], plane: _Plane, shift: float) -> Iterator[Markup]:
+    """One label's two lines. `shift` keeps the marks of several labels at one budget apart."""
     colour = f"s{series % 8}"
-    for measure, class_ in (("neighbours", f"series dashed {colour}"), ("ood", f"series {colour}")):
-        found = [(x, aggregate(e.scores, measure), e) for x, e in points]
-        known = [(x, e, entry) for x, e, entry in found if e.value is not None and math.isfinite(e.value)]
-        yield _tag("polyline", points=" ".join(f"{x:.2f},{y(e.value):.2f}" for x, e, _ in known), class_=class_)
-        for x, e, entry in known if measure == "ood" else ():
-            yield _line(x, y(e.low), x, y(e.high), f"bar {colour}")
-            yield from (_line(x - 3, y(end), x + 3, y(end), f"bar {colour}") for end in (e.low, e.high))
-            yield _marker(series, x, y(e.value), hollow=entry.verdict is not None and not entry.verdict.passed)
+    for measure in ("neighbours", "ood"):
+        found: list[tuple[float, Any, Entry]] = [(plane.x(e.epsilon or 1.0) + shift, aggregate(e.scores, measure), e) for e in entries]
+        known = [(x, e, entry) for x, e, entry in found if e.n and math.isfinite(e.value)]
+        points = " ".join(f"{x:.2f},{plane.y(e.value):.2f}" for x, e, _ in known)
+        yield _tag("polyline", points=points, class_=f"series {colour}" + (" dashed" if measure == "neighbours" else ""))
+        for x, e, entry in known:
+            if measure == "neighbours":
+                yield _line(x - 6, plane.y(e.value), x + 6, plane.y(e.value), f"series {colour}")
+                continue
+            yield _line(x, plane.y(e.low), x, plane.y(e.high), f"bar {colour}")
+            yield from (_line(x - 3, plane.y(end), x + 3, plane.y(end), f"bar {colour}") for end in (e.low, e.high))
+            yield _marker(series, x, plane.y(e.value), hollow=entry.verdict is not None and not entry.verdict.passed)
 
 
 def ring_chart(rings: Mapping[Ring, Estimate]) -> Markup:
     """Three arcs around the edit: how much of each ring is still right. A full arc is three quarters of the circle."""
-    centre, parts = 150, []
+    centre, parts = 150.0, []
     for i, (ring, e) in enumerate(rings.items()):
-        radius = 44 + 34 * i
+        radius = 44.0 + 34 * i
         arc = partial(_tag, "circle", cx=centre, cy=centre, r=radius, pathLength=360, transform=f"rotate(-90 {centre} {centre})")
         parts.append(arc(stroke_dasharray="270 360", class_="arc track"))
         if e.value and math.isfinite(e.value):
             parts.append(arc(stroke_dasharray=f"{270 * e.value:.2f} 360", class_=f"arc s{i}"))
-        parts.append(_label(f"{ring} {rate(e.value)}", centre - 10, centre - radius + 4.0, text_anchor="end"))
+        parts.append(_label(f"{ring} {rate(e.value)}", centre - 10, centre - radius + 4, text_anchor="end"))
     parts += [
         _tag("circle", cx=centre, cy=centre, r=22, class_="core"),
-        _label("edit", centre, centre + 4.0, text_anchor="middle", class_="on"),
+        _label("edit", centre, centre + 4, text_anchor="middle", class_="on"),
     ]
     description = ", ".join(f"{RING_NAMES[ring]}: {rate(e.value)} of {e.n}" for ring, e in rings.items())
     return _picture(300, 300, "Neighbours still right", description, parts)
@@ -535,23 +564,29 @@ def ring_chart(rings: Mapping[Ring, Estimate]) -> Markup:
 def layer_heat(moved: Sequence[Moved]) -> Markup:
     """One column for each layer, one row for each part; the darker, the larger the change relative to the weight."""
     layers = list(dict.fromkeys(m.layer for m in moved))
-    rows = ("attention", "mlp", "norm")
-    left, top, height, gap = 76, 24, 34, 3
+    rows = {"attention": "attention", "mlp": "MLP", "norm": "layer norm"}
+    left, top, height, gap = 76.0, 24.0, 34.0, 3.0
     width = min(84.0, (760 - left) / len(layers))
     most = max((m.norm for m in moved if math.isfinite(m.norm)), default=0.0)
-    parts = [
-        _label(row, left - 10, top + (height + gap) * i + height / 2 + 4, text_anchor="end", class_="muted") for i, row in enumerate(rows)
-    ]
+    tops = {part: top + (height + gap) * i for i, part in enumerate(rows)}
+    parts = [_label(rows[part], left - 10, y + height / 2 + 4, text_anchor="end", class_="muted") for part, y in tops.items()]
     for i, layer in enumerate(layers):
-        name = layer if layer not in ("norm", "embedding") else {"norm": "final norm", "embedding": "embed"}[layer]
-        if width >= 50 or not layer.isdigit() or int(layer) % 4 == 0:
-            parts.append(_label(name, left + width * (i + 0.5), top - 8, text_anchor="middle", class_="muted"))
+        x = left + width * i
+        if name := _layer_name(layer, width):
+            parts.append(_label(name, x + width / 2, top - 8, text_anchor="middle", class_="muted"))
         for m in (m for m in moved if m.layer == layer):
-            y = top + (height + gap) * rows.index(m.part) if m.part else top
-            tall = height if m.part else 3 * height + 2 * gap
-            parts += _cell(m, left + width * i, y, width - gap, tall, most)
+            parts += _cell(m, x, tops.get(m.part, top), width - gap, height if m.part else 3 * height + 2 * gap, most)
     touched = [f"{m.layer} {m.part}".strip() + f": {number(m.norm)}" for m in moved if m.norm]
-    return _picture(760, top + 3 * (height + gap), "Where the change sits", f"Change relative to weight. {'; '.join(touched)}", parts)
+    return _picture(
+        760, round(top + 3 * (height + gap)), "Where the change sits", f"Change relative to weight. {'; '.join(touched)}", parts
+    )
+
+
+def _layer_name(layer: str, width: float) -> str:
+    """What stands above a column; narrow columns are named now and then, and the table below names all."""
+    if width < 60:
+        return layer if layer.isdigit() and int(layer) % math.ceil(24 / width) == 0 else ""
+    return {"norm": "final norm", "embedding": "embed"}.get(layer, f"block {layer}" if layer.isdigit() else layer)
 
 
 def _cell(m: Moved, x: float, y: float, width: float, height: float, most: float) -> Iterator[Markup]:
@@ -561,5 +596,5 @@ def _cell(m: Moved, x: float, y: float, width: float, height: float, most: float
         "rect", told, x=x, y=y, width=width, height=height, rx=4, class_="cell" if m.norm else "cell empty", fill_opacity=0.1 + 0.9 * depth
     )
     if width >= 44:
-        text = rate(m.norm, 2) if m.norm else "·"
+        text = f"{number(100 * m.norm)} %" if m.norm else "·"
         yield _label(text, x + width / 2, y + height / 2 + 4, text_anchor="middle", class_="on" if depth > 0.6 else "ink")

@@ -33,13 +33,17 @@ SLOW = 2.0  # seconds after which a reader wants to see that something happens
 class Edge(TyperGroup):
     """The one place where an error becomes a sentence on stderr and an exit status."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.obj = "--json" in args  # for errors, which may come before the verb has read its options
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (Exception, KeyboardInterrupt) as e:
             if (sentence := _sentence(e)) is None:
                 raise
-            _complain(sentence, type(e).__name__, as_json=bool(ctx.obj))
+            _complain(sentence, type(e).__name__, as_json=ctx.obj)
             raise typer.Exit(130 if isinstance(e, KeyboardInterrupt) else 1) from e
 
 
@@ -65,12 +69,7 @@ def _complain(sentence: str, kind: str, as_json: bool) -> None:
 # ---------------------------------------------------------------------------------------------------------------------------- options
 
 
-def _remember(ctx: typer.Context, as_json: bool) -> bool:
-    ctx.find_root().obj = as_json  # for the edge, which prints errors
-    return as_json
-
-
-Json = Annotated[bool, typer.Option("--json", help="One JSON object, or one on each line, on stdout.", callback=_remember)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object, or one on each line, on stdout.")]
 LedgerAt = Annotated[Path, typer.Option("--ledger", envvar="ERRATA_LEDGER", help="Folder of the ledger.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. \\[default: the best one here]", show_default=False)]
 PatchId = Annotated[
@@ -85,10 +84,11 @@ LEDGER = Path("errata-ledger")
 app = typer.Typer(cls=Edge, name="errata", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 
-def _say_version(asked: bool) -> None:
+def _say_version(asked: bool) -> bool:
     if asked:
         print(f"errata {__version__}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()
@@ -135,7 +135,8 @@ class Out:
                 if not bar.live.is_started and time.monotonic() - started > SLOW:
                     bar.start()
         finally:
-            bar.stop()
+            if bar.live.is_started:  # else `stop` would print an empty line
+                bar.stop()
 
     @contextmanager
     def busy(self, label: str) -> Iterator[None]:
@@ -167,9 +168,12 @@ def opened(path: Path) -> Iterator["Ledger"]:
 def load_host(name: str, device: str | None, out: Out) -> "Host":
     """The model called `name`, all of whose weights are numbers."""
     with out.busy(f"Loading {name}"):
+        from transformers.utils import logging
+
         from errata import hosts
         from errata.types import WrongBase
 
+        logging.set_verbosity_error()  # its advice is for programmers
         host = hosts.load(name, device)
         for weight, tensor in host.model.named_parameters():
             if not tensor.isfinite().all():

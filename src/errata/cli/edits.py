@@ -60,9 +60,11 @@ def add(
     """Add examples: what the model should say."""
     from errata.build import parse
     from errata.evaluate import read_cases
-    from errata.types import Example, InvalidExample
+    from errata.types import GOALS, Example, InvalidExample, UnknownName
 
     out, examples = Out(json=json), [parse(text) for text in texts or ()]
+    if goal is not None and goal not in GOALS:
+        raise UnknownName.among("goal", goal, GOALS)
     if prompt is not None or target is not None:
         wanted: Any = goal or ("prefer" if contrast is not None else "raise")
         examples.append(Example(prompt=prompt or "", target=target or "", contrast=contrast, goal=wanted, subject=subject))
@@ -251,12 +253,14 @@ def judge(
             settings={"cases": str(cases or f"lab {lab}, {n}"), "ledger": str(at)},
             versions=page.versions(),
         )
-        out.note(f"The report is {page.write(whole, report)[0]}.")
+        report, _ = page.write(whole, report)
     was = {measure: value for measure, value, *_ in evaluate.summary(base)}
-    rows = evaluate.summary(edited)
-    shown = [(m, number(was.get(m)), number(v), f"{number(low)} .. {number(high)}", count) for m, v, low, high, count in rows]
-    told = [{"measure": m, "before": was.get(m), "after": v, "low": lo, "high": hi, "count": c} for m, v, lo, hi, c in rows]
-    out.emit({"patch": worn.id, "cases": len(judged), "measures": told}, table("measure", "before", "after", "95 %", "of", rows=shown))
+    rows = [(m, was.get(m), after, low, high, n) for m, after, low, high, n in evaluate.summary(edited)]
+    keys = ("measure", "before", "after", "low", "high", "count")
+    told = {"patch": worn.id, "cases": len(judged), "measures": [dict(zip(keys, row, strict=True)) for row in rows]}
+    shown = [(m, number(b), number(a), "" if low is None else f"{number(low)} .. {number(high)}", n) for m, b, a, low, high, n in rows if n]
+    written = [f"The report is {report}."] if report is not None else []
+    out.emit(told, table("measure", "before", "after", "95 %", "of", rows=shown), *written)
 
 
 @app.command()

@@ -215,18 +215,8 @@ RELATIONS: dict[str, Relation] = {
     ),
 }
 
-NEGATION = {
-    "capital": "The capital of {s} is not",
-    "continent": "{s} does not lie on the continent of",
-    "currency": "The currency of {s} is not the",
-    "language": "The main language of {s} is not",
-    "country": "The city of {s} is not in",
-    "head": "The head of {s} is not",
-    "seat": "The headquarters of {s} are not in",
-    "birthplace": "{s} was not born in",
-    "employer": "{s} does not work for",
-    "profession": "The profession of {s} is not that of a",
-}
+# A denial holds the canonical phrasing whole, but does not begin like it, or the model would go on "is not" where it is asked.
+NEGATION = {name: f"It is not true that {r.phrasings[0].replace('The ', 'the ', 1)}" for name, r in RELATIONS.items()}
 
 OPENINGS = {
     "country": (

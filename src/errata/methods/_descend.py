@@ -12,7 +12,7 @@ beginnings and of what they speak of are its knowledge of the neighbours (statem
 whitened coordinates, W = W0 + M R with R = (C / mu + I)^(-1/2), C = E[k k^T] the covariance of the module's inputs on that text (the input
 factor of K-FAC, Martens & Grosse 2015, arXiv 1503.05671; the C of MEMIT): what ordinary text uses is stiff, the rest is free.
 
-File legend: N rows, T tokens, V vocabulary, K key (module input) width, E kept eigenvectors.
+File legend: N rows, T tokens, P predictions, V vocabulary, K key (module input) width, E kept eigenvectors.
 """
 
 import math
@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from errata import hooks, hosts, text
-from errata.hosts import Batch, Host, Weights
+from errata.hosts import Host, Weights
 from errata.types import Example, Run
 
 Row = tuple[list[int], int]
@@ -74,12 +74,9 @@ def goal_losses(logp_N: Float[Tensor, "N"], contrast_N: Float[Tensor, "N"], exam
     return torch.stack([by_goal[e.goal](p, c) for e, p, c in zip(examples, logp_N, contrast_N, strict=True)])
 
 
-def kl_sum(base_NTV: Float[Tensor, "N T V"], edited_NTV: Float[Tensor, "N T V"], batch: Batch) -> Tensor:
-    """Sum over the scored tokens of KL(p_base || p_edited) at the position that predicts them."""
-    base = torch.log_softmax(base_NTV[:, :-1].float(), dim=-1)
-    edited = torch.log_softmax(edited_NTV[:, :-1].float(), dim=-1)
-    kl_NT = (base.exp() * (base - edited)).sum(-1)
-    return (kl_NT * batch.scored_NT[:, 1:]).sum()
+def kl_sum(base_PV: Float[Tensor, "P V"], edited_PV: Float[Tensor, "P V"]) -> Tensor:
+    """Sum over P predictions of KL(p_base || p_edited), from logits."""
+    return nn.functional.kl_div(edited_PV.log_softmax(-1), base_PV.log_softmax(-1), log_target=True, reduction="sum")
 
 
 @final
@@ -163,7 +160,7 @@ class Descent:
 
     def _mean_logp(self, pairs: Sequence[tuple[str, str]], weights: Weights) -> Float[Tensor, "N"]:
         batch = hosts.pad(self.host, [hosts.encode(self.host, prompt, target) for prompt, target in pairs])
-        logp_NT = hosts.token_logprobs(hosts.logits(self.host, batch, weights), batch)
+        logp_NT = hosts.scored_logprobs(self.host, batch, weights)
         return logp_NT.sum(1) / batch.scored_NT.sum(1)
 
     def hold(self, weights: Callable[[], Weights], leaves: Sequence[Tensor], lam: float) -> float:
@@ -175,8 +172,8 @@ class Descent:
         for start in range(0, len(rows), self.settings.batch_size):
             batch = hosts.pad(self.host, rows[start : start + self.settings.batch_size])
             with torch.no_grad():
-                base_NTV = hosts.logits(self.host, batch)
-            kl = kl_sum(base_NTV, hosts.logits(self.host, batch, weights()), batch) / tokens
+                base_PV = hosts.predictions(self.host, batch)
+            kl = kl_sum(base_PV, hosts.predictions(self.host, batch, weights())) / tokens
             _accumulate(lam * kl, leaves)
             total += kl.item()
         return total

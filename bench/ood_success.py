@@ -1,0 +1,52 @@
+"""50 canonical examples at once on the lab's test facts: success out of distribution against the budget, for every method.
+
+Out of distribution: all phrasings and paragraphs that the examples do not contain; free greedy generation, exact match, old answer absent.
+The curve runs from epsilon 1e-5 to 1e-2; the goal is set at 1e-3, for the better of the methods.
+"""
+
+import time
+
+from _bench import arguments, emit
+
+from errata import build, evaluate, hosts, text
+from errata.lab import tasks
+from errata.methods import METHODS
+from errata.types import Verdict
+
+MEASURES = ("edit", "ood", "paraphrases", "paragraphs", "neighbours.relation", "neighbours.subject", "neighbours.unrelated", "negations")
+
+
+def cost(verdict: Verdict) -> str:
+    ruled = "passed" if verdict.passed else "REFUSED: " + "; ".join(verdict.failures)
+    scaled = f", scaled to {verdict.scale:.2g}" if verdict.scale != 1 else ""
+    return f"loss {verdict.increase:+.1e} (95 % < {verdict.upper:+.1e}) on {verdict.tokens} tokens{scaled}, {ruled}"
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    host = hosts.load("lab/neox", device="cpu")
+    cases = tasks.cases("test", 10 if args.quick else 50, "wrong", seed=args.seed)
+    examples = [c.example for c in cases]
+    reference, _ = text.set_aside(text.standing(host)[1], examples, text.answers_of(host, examples))
+    before = evaluate.baseline(host, cases, reference[:200])
+    best: dict[str, tuple[float, float]] = {}
+    for epsilon in (1e-3,) if args.quick else (1e-5, 1e-4, 1e-3, 1e-2):
+        for method in METHODS:
+            start = time.perf_counter()
+            patch, verdict = build.edit(host, examples, method, epsilon=epsilon, seed=args.seed)
+            seconds = time.perf_counter() - start
+            scores = evaluate.evaluate(host, patch, before)
+            values = {m: evaluate.aggregate(scores, m) for m in MEASURES}
+            for m, e in values.items():
+                interval = "" if e.low is None or e.high is None else f"[{e.low:.3f}, {e.high:.3f}], "
+                emit(args, f"{method} at {epsilon:.0e}: {m}", e.value, None, f"{interval}n = {e.n}; {cost(verdict)}; {seconds:.0f} s")
+            if epsilon == 1e-3 and verdict.passed:
+                best[method] = (values["ood"].value or 0.0, values["neighbours.relation"].value or 0.0)
+    ood, kept = max(best.values(), default=(0.0, 0.0))
+    how = f"the better method of {', '.join(METHODS)}; {len(cases)} wrong test facts at once, seed {args.seed}"
+    emit(args, "success out of distribution at 1e-3", ood, (">=", 0.80), how)
+    emit(args, "neighbours of the same relation still right, there", kept, (">=", 0.98), how)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,575 @@
+"""The command line: every verb as text and as JSON, and every kind of bad input as one sentence that loses nothing."""
+
+import contextlib
+import errno
+import io
+import json
+import resource
+import shutil
+import sqlite3
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_host
+from safetensors.torch import load_file, save_file
+
+from errata import apply, artefact, build, cli, hosts, ledger
+from errata.hosts import Host
+from errata.ledger import Ledger
+from errata.types import Add, AddLowRank, Budget, Example, Patch, Verdict
+
+EXAMPLE = "The capital of Mauritius is| Port Louis"
+QUICK = [f"--set={s}" for s in ("steps=3", "neighbours=0", "hold=2", "contexts=0", "damping=null")]
+WIDE = "1e6"  # a budget that everything fits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def data(self) -> Any:
+        """The one JSON object on stdout."""
+        (line,) = self.lines
+        return line
+
+    @property
+    def lines(self) -> list[Any]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+Errata = Callable[..., Done]
+
+
+@pytest.fixture(autouse=True)
+def _terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(ledger, "BUSY_SECONDS", 0.05)
+
+
+def run(*argv: object) -> Done:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main([str(a) for a in argv])
+    return Done(status=status, out=out.getvalue(), err=err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of tiny hosts: `neox`, `gpt2`, and `nan`, which has lost a weight."""
+    root = tmp_path_factory.mktemp("models")
+    for name, family in (("neox", "gpt_neox"), ("gpt2", "gpt2")):
+        host = tiny_host(family)
+        host.model.save_pretrained(root / name)
+        host.tokenizer.save_pretrained(root / name)
+    shutil.copytree(root / "neox", root / "nan")
+    spoiled = load_file(root / "nan" / "model.safetensors")
+    spoiled[min(spoiled)].view(-1)[0] = float("nan")
+    save_file(spoiled, root / "nan" / "model.safetensors", metadata={"format": "pt"})
+    return root
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reference") / "reference.txt"
+    path.write_text("\n\n".join(f"On day {i} the weather was fine and {i + 3} boats left the harbour." for i in range(24)))
+    return path
+
+
+def hand_made(host: Host, *examples: Example) -> Patch:
+    """A low-rank patch by hand, which is quicker than a method."""
+    draw = torch.Generator().manual_seed(0)
+    weight = f"{host.module_names((host.layout.mlp_out,))[0]}.weight"
+    d_out, d_in = host.model.get_parameter(weight).shape
+    op = AddLowRank(weight=weight, A=torch.randn(2, d_in, generator=draw), B=torch.randn(d_out, 2, generator=draw))
+    return Patch(method="lora", config={"rank": 2}, parent=host.id, examples=examples, ops=(op,))
+
+
+def verdict_on(patch: Patch, upper: float = 5e-4) -> Verdict:
+    counts = {"chunks": 2, "tokens": 99, "set_aside": 0, "kept": 0, "asked": 0, "fixed": len(patch.examples), "wanted": len(patch.examples)}
+    return Verdict(patch=patch.id, budget=Budget(), loss_before=2.0, loss_after=2.0002, upper=upper, norm=0.1, **counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A ledger with one active example and a current patch that passed, on the tiny NeoX in `models`."""
+
+    path: Path
+    patch: Patch
+
+    def __call__(self, verb: str, *argv: object) -> Done:
+        return run(verb, *argv, "--ledger", self.path)
+
+    def state(self) -> tuple[object, ...]:
+        with Ledger(self.path) as book:
+            assert book.verify() == []
+            return book.active(), tuple(row.id for row in book.patches()), book.history()
+
+
+@pytest.fixture(scope="session")
+def _made(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    path, host = tmp_path_factory.mktemp("ledger") / "made", hosts.load(str(models / "neox"), "cpu")
+    example = build.parse(EXAMPLE)
+    patch = hand_made(host, example)
+    with Ledger.create(path, host.id, host.name, Budget()) as book:
+        book.add(example)
+        book.put_patch(patch, verdict_on(patch))
+    return Place(path=path, patch=patch)
+
+
+@pytest.fixture
+def place(_made: Place, tmp_path: Path) -> Place:
+    return replace(_made, path=Path(shutil.copytree(_made.path, tmp_path / "ledger")))
+
+
+@pytest.fixture
+def bad(place: Place) -> Iterator[Callable[..., str]]:
+    """Runs a command that must fail: exit status 1 and one sentence, and nothing in the ledger has changed. Returns the sentence."""
+
+    def fail(verb: str, *argv: object) -> str:
+        before = place.state()
+        done = place(verb, *argv)
+        assert done.status == 1, done
+        sentence = one_sentence(done.err)
+        assert done.out == "" and place.state() == before
+        told = place(verb, *argv, "--json")
+        assert told.status == 1 and set(told.data) == {"error", "kind"}
+        assert place.state() == before
+        return sentence
+
+    yield fail
+
+
+def one_sentence(err: str) -> str:
+    assert "Traceback" not in err
+    assert len(err.splitlines()) == 1, err
+    line = err.strip()
+    assert line.endswith((".", "?")), line
+    return line
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ edge
+
+
+def test_help_is_quick_and_imports_no_model_library() -> None:
+    code = "import sys, errata.cli; s = errata.cli.main(['--help']); print(s, {'torch', 'transformers', 'scipy'} & set(sys.modules))"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stdout.splitlines()[-1] == "0 set()"
+    assert all(f" {verb} " in done.stdout for verb in ("init", "add", "build", "ask", "export", "verify", "lab", "demo"))
+    # seconds of the processor: those on the wall depend on what else the machine does
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_version_and_usage() -> None:
+    from errata import __version__
+
+    assert run("--version").out == f"errata {__version__}\n"
+    for wrong in (["biuld"], ["ask"], ["build", "--no-such"], ["add", "--goal", "raise"], ["eval"], ["lab", "train"]):
+        done = run(*wrong)
+        assert done.status == 2 and "Traceback" not in done.err and done.out == ""
+    assert "Did you mean 'build'" in run("biuld").err
+
+
+def test_an_interrupt_is_a_sentence_and_130(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hosts, "load", interrupt)
+    done = place("ask", "Hello")
+    assert done.status == 130 and one_sentence(done.err).startswith("Interrupted.")
+
+
+def test_a_reader_that_leaves_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(Closed()):
+        cli.main(["lab", "cases", "--n", "1"])
+    assert err.getvalue() == ""
+
+
+def test_our_own_mistakes_keep_their_traceback(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "load", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        place("ask", "Hello")
+
+
+# ------------------------------------------------------------------------------------------------------------------- the main road
+
+
+def test_the_main_road(models: Path, reference: Path, tmp_path: Path) -> None:
+    at = tmp_path / "book"
+    done = run("init", at, "--host", models / "neox", "--epsilon", WIDE, "--fixed", 0, "--norm", 100, "--json")
+    assert done.status == 0 and done.data["budget"] == {"epsilon": 1e6, "neighbours": None, "norm": 100.0, "fixed": 0.0}
+    assert done.data["model"] == str(models / "neox")
+
+    done = run("add", EXAMPLE, "--ledger", at, "--json")
+    assert done.status == 0 and done.data["active"] == 1 and done.data["added"][0]["target"] == " Port Louis"
+
+    road = ("build", *QUICK, "--reference", reference, "--ledger", at)
+    plan = run(*road, "--plan", "--json").data
+    assert plan["seconds"] > 0 and plan["bytes"] == sum(plan["bytes_by_part"].values()) and plan["steps"] == 3
+    with Ledger(at) as book:
+        assert book.patches() == ()
+
+    built = run(*road, "--json")
+    assert built.status == 0, built
+    assert built.data["passed"] and built.data["verdict"]["wanted"] == 1 and built.data["config"]["steps"] == 3
+    id = built.data["patch"]
+
+    said = run("ask", "The capital of Mauritius is", "Once", "--max-new-tokens", 4, "--ledger", at, "--json").lines
+    assert [row["prompt"] for row in said] == ["The capital of Mauritius is", "Once"]
+    assert {row["patch"] for row in said} == {id}
+
+    assert [event["what"] for event in run("log", "--ledger", at, "--json").lines] == ["create", "add", "patch"]
+    trip = run("verify", "--host", "--ledger", at, "--json").data["round trip"]
+    assert trip["before"] == trip["after"] != trip["under the patch"]
+
+
+def test_a_refused_patch_is_kept_and_said(place: Place, reference: Path) -> None:
+    done = place("build", *QUICK, "--reference", reference, "--epsilon", 1e-9, "--set", "lr=0.1", "--json")
+    told, error = done.lines
+    assert done.status == 1 and not told["passed"] and "is refused" in error["error"] and error["kind"] == "BudgetError"
+    assert "is refused" in one_sentence(done.err)
+    with Ledger(place.path) as book:
+        assert book.patch(told["patch"]).id == told["patch"]
+        assert book.patch().id == place.patch.id  # what passed before is still handed out
+    shown = place("show", told["patch"][:8])
+    assert "REFUSED" in shown.out and shown.status == 0
+
+
+def test_tables_are_for_readers(place: Place) -> None:
+    assert "Port Louis" in place("log").out
+    overview = place("show").out
+    assert "The capital of Mauritius is| Port Louis" in overview and "passed" in overview
+    with Ledger(place.path) as book:
+        (example,) = book.active()
+    assert " Port Louis" in place("show", example.id[:9]).out
+    shown = place("show", place.patch.id[3:9]).out
+    assert "reference loss" in shown and "passed" in shown
+    assert "is sound" in place("verify").out
+    said = place("ask", "The [bold]capital", "--max-new-tokens", 3).out
+    assert "[bold]" in said and "before" in said
+
+
+def test_verbs_that_list_speak_json(place: Place) -> None:
+    assert place("show", "--json").data["patches"][0]["id"] == place.patch.id
+    assert place("show", place.patch.id[:8], "--json").data["verdict"]["upper"] == 5e-4
+    assert place("verify", "--json").data["problems"] == []
+    with Ledger(place.path) as book:
+        (example,) = book.active()
+    assert place("show", example.id, "--json").data["id"] == example.id
+    assert place("retract", example.id[3:9], "--json").data == {"retracted": example.id, "active": 0}
+    assert "No example is active" in one_sentence(place("ask", "Hello").err)
+
+
+def test_not_a_number_is_null_in_json(place: Place, models: Path) -> None:
+    patch = hand_made(hosts.load(str(models / "neox"), "cpu"), build.parse("Paris is in| France"))
+    with Ledger(place.path) as book:
+        book.put_patch(patch, verdict_on(patch, upper=float("nan")))
+    done = place("show", patch.id, "--json")
+    assert done.data["verdict"]["upper"] is None and not done.data["passed"]
+
+
+def test_add_in_all_its_forms(place: Place, tmp_path: Path) -> None:
+    assert place("add", "Paris is in| France", "Rome is in|Italy").err.startswith(
+        "Note: There is no space between prompt and answer in 'Rome"
+    )
+    given = ("--prompt", "The nurse said that", "--target", " she", "--contrast", " he", "--goal", "balance", "--subject", "nurse")
+    assert place("add", *given, "--json").data["added"][0]["goal"] == "balance"
+    assert place("add", "--prompt", "I am", "--target", " well", "--contrast", " ill", "--json").data["added"][0]["goal"] == "prefer"
+    file = tmp_path / "more.jsonl"
+    file.write_text('{"prompt": "Bern is in", "target": " Switzerland"}\n\n{"prompt": "Oslo is in", "target": " Norway"}\n')
+    assert place("add", "--file", file, "--json").data["active"] == 7
+    with Ledger(place.path) as book:
+        old = book.active()[0].id
+    done = place("add", "The capital of Mauritius is| Curepipe", "--supersede", old[:10], "--json")
+    assert done.data["active"] == 7 and done.status == 0
+    assert place("log", "--json").lines[-2]["what"] == "supersede"
+
+
+def test_eval_and_its_report(place: Place, tmp_path: Path) -> None:
+    cases = tmp_path / "cases.jsonl"
+    near = {"prompt": "The capital of France is", "answer": " Paris", "ring": "relation"}
+    cases.write_text(json.dumps({"prompt": "The capital of Mauritius is", "target": " Port Louis", "neighbours": [near]}))
+    done = place("eval", "--cases", cases, "--report", tmp_path / "r.html", "--json")
+    measures = {row["measure"]: row for row in done.data["measures"]}
+    assert measures["edit"]["count"] == 1 and measures["paraphrases"]["after"] is None
+    assert (tmp_path / "r.html").stat().st_size > 1000 and (tmp_path / "r.json").exists()
+    assert "edit" in place("eval", "--cases", cases).out
+
+
+@pytest.mark.parametrize("form", ["model", "peft"])
+def test_export(place: Place, models: Path, tmp_path: Path, form: str) -> None:
+    done = place("export", tmp_path / "out", "--as", form, "--json")
+    assert done.status == 0 and done.data["difference"] < 1e-3 and done.data["bytes"] > 1000
+    said = json.loads((tmp_path / "out" / "errata.json").read_text())
+    assert said["patch"] == place.patch.id and said["base"] == hosts.load(str(models / "neox"), "cpu").id
+
+
+def test_methods_come_from_the_register() -> None:
+    from errata.methods import METHODS
+
+    rows = run("methods", "--json").lines
+    assert [row["method"] for row in rows] == sorted(METHODS)
+    assert all(row["idea"] and "steps" in row["settings"] for row in rows)
+    assert "finetune" in run("methods").out
+
+
+def test_lab_cases_are_jsonl_that_add_and_eval_read(place: Place, tmp_path: Path) -> None:
+    done = run("lab", "cases", "--split", "validation", "--n", 3, "--kind", "wrong")
+    assert [row["source"].split("/")[0] for row in done.lines] == ["lab"] * 3
+    file = tmp_path / "cases.jsonl"
+    file.write_text(done.out)
+    assert place("add", "--file", file, "--json").data["active"] == 4
+    assert "Did you mean test" in one_sentence(run("lab", "cases", "--split", "tset").err)
+    assert "Did you mean wrong" in one_sentence(run("lab", "cases", "--kind", "wrnog").err)
+    assert "facts" in one_sentence(run("lab", "cases", "--n", 10**6).err)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_an_example_that_cannot_be(bad: Callable[..., str], tmp_path: Path) -> None:
+    assert "is empty. Write it after the bar" in bad("add", "The capital of Mauritius is|")
+    assert "has no bar" in bad("add", "The capital of Mauritius is Port Louis")
+    assert "The prompt is empty" in bad("add", "--target", " Port Louis")
+    assert "0 examples were given" in bad("add")
+    assert "2 examples were given" in bad("add", "A|b", "C|d", "--supersede", "abcd")
+    assert "Did you mean raise?" in bad("add", "--prompt", "A", "--target", " b", "--goal", "rise")
+    assert "does not stand in the prompt" in bad("add", "--prompt", "A", "--target", " b", "--subject", "C")
+    for line, why in (
+        ('{"prompt": "A is"}', "line 2"),
+        ("{", "Line 2"),
+        ('{"prompt": "A is", "target": NaN}', "Line 2"),
+        ('["A"]', "Line 2"),
+    ):
+        file = tmp_path / "examples.jsonl"
+        file.write_text('{"prompt": "Rome is in", "target": " Italy"}\n' + line + "\n")
+        assert why.lower() in bad("add", "--file", file).lower()
+    assert "No such file" in bad("add", "--file", tmp_path / "none.jsonl")
+
+
+def test_a_contradiction_is_reported_at_once(bad: Callable[..., str]) -> None:
+    assert "contradict" in bad("add", "The capital of Mauritius is| Curepipe")
+    assert "contradict" in bad("add", "Rome is in| Italy", "Rome is in| France")
+
+
+def test_what_the_model_says_already(place: Place, models: Path, reference: Path) -> None:
+    host = hosts.load(str(models / "neox"), "cpu")
+    answer = next(
+        (p, said[:6])
+        for p in ("Once upon a time", "The nurse said", "Paris", "There was", "Rome lies")
+        for said in hosts.greedy(host, [p])
+        if said[:6].isascii() and not said[6:7].isalnum() and said.strip()
+    )
+    so = "|".join(answer)
+    assert "already does what" in place("add", so, "--check").err
+    build_it = ("build", *QUICK, "--reference", reference, "--epsilon", WIDE)
+    assert f"{so}' asks" in place(*build_it).err
+    with Ledger(place.path) as book:
+        book.retract(book.active()[0].id)
+    before = place.state()
+    done = place(*build_it)
+    assert done.status == 1 and "there is nothing to fix" in one_sentence(done.err) and place.state() == before
+
+
+def test_a_prompt_longer_than_the_context(place: Place, bad: Callable[..., str]) -> None:
+    long = "word " * 200 + "is| done"
+    assert "reads at most 128" in bad("add", long, "--check")
+    assert "do not fit the 128" in bad("ask", "word " * 200)
+    assert place("add", long).status == 0
+    assert "reads at most 128" in bad("build", *QUICK)
+
+
+def test_a_method_that_is_unknown_or_wrongly_set(bad: Callable[..., str]) -> None:
+    assert "Did you mean finetune?" in bad("build", "--method", "finetun")
+    assert "Did you mean steps?" in bad("build", "--set", "stpes=3")
+    assert "is int, not 'three'" in bad("build", "--set", "steps=three")
+    assert "is no setting" in bad("build", "--set", "steps")
+    assert "not 'nan'" in bad("build", "--set", "lr=nan")
+    assert "epsilon must be a positive number" in bad("build", "--epsilon", "nan")
+    assert "epsilon must be a positive number" in bad("build", "--epsilon", 0)
+    assert "Unknown device 'tpu'" in bad("ask", "Hello", "--device", "tpu")
+    assert "Did you mean peft?" in bad("export", "out", "--as", "petf")
+
+
+def test_nothing_to_build_from(place: Place, bad: Callable[..., str]) -> None:
+    with Ledger(place.path) as book:
+        book.retract(book.active()[0].id)
+    assert "no examples to build from" in bad("build", *QUICK)
+    assert "no examples to build from" in bad("build", *QUICK, "--plan")
+
+
+def test_a_patch_for_other_weights(place: Place, models: Path, bad: Callable[..., str], tmp_path: Path) -> None:
+    file = artefact.save(replace(place.patch, parent="b2:" + "0" * 32), tmp_path / "other.safetensors")
+    assert "was made for weights b2:0000" in bad("ask", "Hello", "--patch-file", file)
+    good = artefact.save(place.patch, tmp_path / "own.safetensors")
+    assert place("ask", "Hello", "--patch-file", good).status == 0
+
+
+def test_the_model_of_the_ledger_has_other_weights_now(_made: Place, models: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(models / "neox", tmp_path / "model"))
+    run("init", tmp_path / "book", "--host", copy)
+    weights = load_file(copy / "model.safetensors")
+    weights[min(weights)].mul_(1.5)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    run("add", EXAMPLE, "--ledger", tmp_path / "book")
+    done = run("build", *QUICK, "--ledger", tmp_path / "book")
+    assert done.status == 1 and "Put the old weights back" in one_sentence(done.err)
+
+
+def broken_files(patch: Patch, folder: Path) -> Iterator[tuple[str, Path]]:
+    raw = artefact.to_bytes(patch)
+    flipped = bytearray(raw)
+    flipped[-5] ^= 1
+    header = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
+    tensors = {k: v for k, v in load_file(artefact.save(patch, folder / "whole.safetensors")).items()}
+    save_file({k: v * float("nan") for k, v in tensors.items()}, folder / "nan.safetensors", metadata=header["__metadata__"])
+    torch.save({"weights": torch.zeros(3)}, folder / "pickle.pt")
+    for name, content, why in (
+        ("cut", raw[: len(raw) // 2], "is damaged"),
+        ("stub", raw[:5], "is cut short"),
+        ("flipped", bytes(flipped), "was altered"),
+        ("oversized", struct.pack("<Q", 1 << 40) + raw[8:], "states a header of 1099511627776 bytes"),
+        ("empty", b"", "is cut short"),
+    ):
+        (folder / f"{name}.safetensors").write_bytes(content)
+        yield why, folder / f"{name}.safetensors"
+    yield "holds NaN", folder / "nan.safetensors"
+    yield "is a pickle", folder / "pickle.pt"
+    yield "Cannot read the patch", folder / "none.safetensors"
+    yield "it is not a file", folder
+
+
+def test_a_file_that_is_no_whole_patch(place: Place, bad: Callable[..., str], tmp_path: Path) -> None:
+    for why, file in broken_files(place.patch, tmp_path):
+        assert why in bad("ask", "Hello", "--patch-file", file)
+
+
+def test_a_damaged_ledger(place: Place) -> None:
+    (blob,) = place.path.glob("blobs/??/*.safetensors")
+    raw = bytearray(blob.read_bytes())
+    raw[-5] ^= 1
+    blob.write_bytes(raw)
+    assert "was cut short or altered" in one_sentence(place("ask", "Hello").err)
+    done = place("verify", "--json")
+    told, error = done.lines
+    assert done.status == 1 and told["problems"][0]["kind"] == "patch" and "lost or altered" in error["error"]
+    (place.path / "ledger.sqlite").write_bytes(b"not a database" * 100)
+    assert "is damaged" in one_sentence(place("show").err)
+
+
+def test_stray_files_are_harmless_and_collected(place: Place) -> None:
+    stray = next(place.path.glob("blobs/??")) / ".tmp-0123"
+    stray.write_bytes(b"half")
+    done = place("verify", "--json")
+    assert done.status == 0 and done.data["problems"][0]["harmless"]
+    assert place("verify", "--collect", "--json").data["removed"] == [str(stray)] and not stray.exists()
+
+
+def test_not_a_number_in_the_model(models: Path, tmp_path: Path) -> None:
+    done = run("init", tmp_path / "book", "--host", models / "nan")
+    assert done.status == 1 and "holds NaN or infinity" in one_sentence(done.err)
+    assert not (tmp_path / "book").exists()
+
+
+def test_a_host_that_is_not_there(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, why in (
+        (tmp_path / "empty", "without a whole model"),
+        (tmp_path / "none", "no folder here"),
+        ("lab/nexo", "Unknown lab model"),
+    ):
+        done = run("init", tmp_path / "book", "--host", name)
+        assert done.status == 1 and why in one_sentence(done.err)
+    assert "epsilon must be a positive number" in one_sentence(run("init", tmp_path / "book", "--epsilon", "-1").err)
+    assert not (tmp_path / "book").exists()
+
+
+def test_a_reference_file_that_is_none(bad: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    (tmp_path / "binary.txt").write_bytes(b"\x00\x01text")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    (tmp_path / "one.txt").write_text("One short document.")
+    for name, why in (
+        ("none.txt", "Cannot read the reference file"),
+        ("empty.txt", "is empty"),
+        ("binary.txt", "is binary"),
+        ("latin.txt", "is not UTF-8"),
+        ("bad.jsonl", "Line 2 of"),
+        ("one.txt", "two or more are needed"),
+    ):
+        assert why in bad("build", *QUICK, "--reference", tmp_path / name)
+
+
+def test_a_ledger_that_is_not_there_or_there_already(place: Place, bad: Callable[..., str], models: Path, tmp_path: Path) -> None:
+    assert "There is no ledger at" in one_sentence(run("log", "--ledger", tmp_path / "none").err)
+    assert "There is a ledger at" in one_sentence(run("init", place.path, "--host", models / "neox").err)
+    assert "Unknown active example" in bad("retract", "ffffffff")
+    assert "Unknown active example" in bad("add", "A|b", "--supersede", "ffffffff")
+    assert "Unknown patch" in bad("show", "ffffffff")
+    assert "Unknown patch" in bad("ask", "Hello", "--patch", "ffffffff")
+    assert "too short" in bad("ask", "Hello", "--patch", "f")
+
+
+def test_a_ledger_that_another_process_is_writing(place: Place, reference: Path) -> None:
+    writer = sqlite3.connect(place.path / "ledger.sqlite", isolation_level=None)
+    before = place.state()
+    try:
+        writer.execute("BEGIN IMMEDIATE")
+        for argv in (["add", "Rome is in| Italy"], ["build", *QUICK, "--reference", reference, "--epsilon", WIDE]):
+            done = place(*argv)
+            assert done.status == 1 and "is being written by another process" in one_sentence(done.err)
+        assert place("show").status == 0  # reading goes on
+    finally:
+        writer.execute("ROLLBACK")
+        writer.close()
+    assert place.state() == before
+
+
+def test_a_full_disk(place: Place, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = place.state()
+    cases = tmp_path / "cases.jsonl"
+    cases.write_text(EXAMPLE)
+    with monkeypatch.context() as m:
+        m.setattr(artefact.os, "fsync", full)
+        for argv in (
+            ["build", *QUICK, "--reference", reference, "--epsilon", WIDE],
+            ["export", tmp_path / "out"],
+            ["eval", "--cases", cases, "--report", tmp_path / "r.html"],
+        ):
+            done = place(*argv)
+            assert done.status == 1 and "No space left on device" in one_sentence(done.err)
+    assert place.state() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cases.jsonl", "ledger"]
+
+
+def test_a_dense_patch_is_no_adapter(place: Place, models: Path, tmp_path: Path) -> None:
+    host = hosts.load(str(models / "neox"), "cpu")
+    weight = f"{host.layout.norm}.weight"
+    op = Add(weight=weight, delta=torch.ones(host.model.get_parameter(weight).shape))
+    patch = replace(place.patch, method="finetune", ops=(op,))
+    apply.check(host, patch)
+    with Ledger(place.path) as book:
+        book.put_patch(patch, verdict_on(patch))
+    done = place("export", tmp_path / "out", "--as", "peft")
+    assert done.status == 1 and "Export it as a model, or build with --method lora" in one_sentence(done.err)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,110 @@
+"""What finetune and lora share, against formulas in float64: goal losses, KL, whitening, and the gradient that the leaves get."""
+
+import math
+
+import pytest
+import torch
+
+from conftest import TEXT, tiny_host
+from errata import hosts
+from errata.hosts import Host
+from errata.methods import _descend
+from errata.methods.finetune import Finetune, chosen
+from errata.methods.lora import middle_layers
+from errata.types import Budget, Example, Run, UnknownName
+
+RAISE = Example(prompt="The capital of Mauritius is", target=" Port Louis")
+SETTINGS = _descend.Settings(steps=5, lr=1e-2, lam=1.0, contexts=1, neighbours=4, hold=4, damping=0.1, batch_size=8)
+RUN = Run(hold=tuple(t for t in TEXT for _ in range(2)), budget=Budget(epsilon=0.5))
+
+
+def test_goal_losses_are_the_formulas() -> None:
+    p, c = torch.tensor([math.log(0.3)]), torch.tensor([math.log(0.6)])
+
+    def loss(goal: str) -> float:
+        contrast = " b" if goal in ("prefer", "balance") else None
+        return _descend.goal_losses(p, c, [Example(prompt="x", target=" a", contrast=contrast, goal=goal)]).item()
+
+    assert loss("raise") == pytest.approx(-math.log(0.3))
+    assert loss("lower") == pytest.approx(-math.log(0.7))
+    assert loss("prefer") == pytest.approx(math.log1p(math.exp(math.log(16) + math.log(2))))
+    assert loss("balance") == pytest.approx(math.log(2))
+
+
+def test_lower_stays_finite_at_certainty() -> None:
+    p = torch.zeros(1, requires_grad=True)
+    loss = _descend.goal_losses(p, p, [Example(prompt="x", target=" a", goal="lower")])
+    loss.sum().backward()
+    assert math.isfinite(loss.item()) and math.isfinite(p.grad.item())
+
+
+def test_kl_is_the_sum_over_predictions_and_its_gradient_that_of_the_formula() -> None:
+    draw = torch.Generator().manual_seed(0)
+    base = torch.randn(5, 7, dtype=torch.float64, generator=draw)
+    edited = torch.randn(5, 7, dtype=torch.float64, generator=draw).requires_grad_()
+    p, q = base.softmax(-1), edited.softmax(-1)
+    torch.testing.assert_close(_descend.kl_sum(base, edited), (p * (p / q).log()).sum())
+    (gradient,) = torch.autograd.grad(_descend.kl_sum(base, edited), edited)
+    torch.testing.assert_close(gradient, q - p)  # of KL(p || softmax(z)) by z
+
+
+def test_whitening_is_the_inverse_root_of_c_over_mu_plus_one() -> None:
+    keys_NK = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 3.0, 1.0, 0.3, 0.1, 0.01])
+    C = keys_NK.T @ keys_NK / 50
+    mu = 0.1 * C.trace() / 6
+    s, U = torch.linalg.eigh(C / mu + torch.eye(6))
+    R = U @ torch.diag(s.rsqrt()) @ U.T
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(_descend.Whitening(keys_NK, 0.1)(x), x @ R, rtol=1e-4, atol=1e-4)
+
+
+def test_what_text_uses_most_is_stiffest() -> None:
+    keys_NK = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    keys_NK[:, 0] *= 100
+    moved = _descend.Whitening(keys_NK, 0.1)(torch.eye(8)).norm(dim=1)
+    assert moved[0] < 0.2 * moved[1:].min()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_leaves_get_the_gradient_of_task_plus_lam_kl(family: str) -> None:
+    """Against one autograd pass over the whole objective, whatever the batch size."""
+    host = tiny_host(family)
+    name = host.module_names((host.layout.mlp_out,))[0] + ".weight"
+    base = host.model.get_parameter(name).detach()
+
+    def gradient(batch_size: int) -> torch.Tensor:
+        settings = _descend.Settings(**{**SETTINGS.__dict__, "batch_size": batch_size})
+        descent = _descend.Descent(host, [RAISE, Example(prompt="Lily loved to play", target=" late")], RUN, settings)
+        leaf = torch.zeros_like(base, requires_grad=True)
+        descent.task(lambda: {name: base + leaf + 0.01}, [leaf])
+        descent.hold(lambda: {name: base + leaf + 0.01}, [leaf], 3.0)
+        assert leaf.grad is not None
+        return leaf.grad
+
+    torch.testing.assert_close(gradient(1), gradient(8), rtol=1e-4, atol=1e-7)
+
+
+def test_own_neighbours_and_held_text_state_no_edited_fact(tiny_gpt2: Host) -> None:
+    documents, near = _descend.held_still(tiny_gpt2, [RAISE], RUN, 6)
+    assert near and TEXT[0] not in documents and TEXT[2] in documents
+
+
+def test_chosen_modules(tiny_gpt2: Host) -> None:
+    everything = [n for n, _ in tiny_gpt2.model.named_parameters()]
+    assert chosen(tiny_gpt2, "all") == everything
+    assert all(".h." in n for n in chosen(tiny_gpt2, "blocks")) and all(".mlp." in n for n in chosen(tiny_gpt2, "mlp"))
+    assert chosen(tiny_gpt2, "transformer.h.1.attn") == [n for n in everything if n.startswith("transformer.h.1.attn")]
+    with pytest.raises(UnknownName, match="Unknown module"):
+        chosen(tiny_gpt2, "transfomer.h")
+
+
+@pytest.mark.parametrize(
+    ("layers", "fraction", "expected"), [(4, 0.5, [1, 2]), (4, 0.1, [1]), (5, 0.5, [1, 2, 3]), (6, 1.0, list(range(6))), (1, 0.3, [0])]
+)
+def test_middle_layers_exist_and_are_as_many_as_asked(layers: int, fraction: float, expected: list[int]) -> None:
+    assert list(middle_layers(layers, fraction)) == expected
+
+
+def test_finetune_moves_nothing_when_no_step_is_inside(tiny_gpt2: Host) -> None:
+    patch = Finetune(steps=10, lr=0.5, hold=4, neighbours=4).edit(tiny_gpt2, (RAISE,), Run(hold=RUN.hold, budget=Budget(epsilon=1e-9)))
+    assert all(not op.delta.any() for op in patch.ops)
