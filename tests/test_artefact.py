@@ -304,7 +304,7 @@ def test_rewriting_alone_changes_nothing() -> None:
     (lambda m, t: m["config"].update(lr=1), "was altered"),
     (lambda m, t: m.update(method="memit"), "was altered"),
     (lambda m, t: m.update(parent="b2:" + "1" * 32), "was altered"),
-    (lambda m, t: m.update(id="b2:" + "1" * 32), "was altered"),
+    (lambda m, t: m.update(id="b2:" + "1" * 32), f"states the id b2:{'1' * 32}, its content has {PATCH.id}"),
     (lambda m, t: m.update(note="free of charge"), "says more than errata wrote"),
     (lambda m, t: m["ops"][0].update(scale=0.6), "was altered"),
     (lambda m, t: m["ops"][0].update(scale="0.3"), ""),

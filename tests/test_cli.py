@@ -10,6 +10,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from conftest import tiny_host
 from safetensors.torch import load_file, save_file
 
 from errata import apply, artefact, build, cli, hosts, ledger
+from errata.cli import edge
 from errata.hosts import Host
 from errata.ledger import Ledger
 from errata.types import Add, AddLowRank, Budget, Example, Patch, Verdict
@@ -201,6 +203,16 @@ def test_a_reader_that_leaves_is_no_error(monkeypatch: pytest.MonkeyPatch) -> No
     assert err.getvalue() == ""
 
 
+def test_a_bar_only_for_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # stderr as a terminal
+    for slow, drawn in ((60.0, False), (-1.0, True)):
+        monkeypatch.setattr(edge, "SLOW", slow)
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err):
+            assert list(edge.Out(json=True).progress(range(3), "descending", 3)) == [0, 1, 2]
+        assert ("descending" in err.getvalue()) is drawn
+
+
 def test_our_own_mistakes_keep_their_traceback(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "load", lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError):
@@ -254,7 +266,7 @@ def test_a_refused_patch_is_kept_and_said(place: Place, reference: Path) -> None
 def test_tables_are_for_readers(place: Place) -> None:
     assert "Port Louis" in place("log").out
     overview = place("show").out
-    assert "The capital of Mauritius is| Port Louis" in overview and "passed" in overview
+    assert "The capital of Mauritius is| Port Louis" in overview and "passed" in overview and "in use" in overview
     with Ledger(place.path) as book:
         (example,) = book.active()
     assert " Port Louis" in place("show", example.id[:9]).out
@@ -263,6 +275,12 @@ def test_tables_are_for_readers(place: Place) -> None:
     assert "is sound" in place("verify").out
     said = place("ask", "The [bold]capital", "--max-new-tokens", 3).out
     assert "[bold]" in said and "before" in said
+
+
+def test_an_id_that_is_the_start_of_several(place: Place) -> None:
+    place("add", *(f"Town {i} lies in| Italy" for i in range(40)))
+    digits = Counter(example["id"][3] for example in place("show", "--json").data["active"])
+    assert "is the start of" in one_sentence(place("show", max(digits, key=lambda d: digits[d])).err)
 
 
 def test_verbs_that_list_speak_json(place: Place) -> None:
@@ -307,7 +325,7 @@ def test_eval_and_its_report(place: Place, tmp_path: Path) -> None:
     cases.write_text(json.dumps({"prompt": "The capital of Mauritius is", "target": " Port Louis", "neighbours": [near]}))
     done = place("eval", "--cases", cases, "--report", tmp_path / "r.html", "--json")
     measures = {row["measure"]: row for row in done.data["measures"]}
-    assert measures["edit"]["count"] == 1 and measures["paraphrases"]["after"] is None
+    assert measures["edit"]["n"] == 1 and measures["paraphrases"]["after"] is None
     assert (tmp_path / "r.html").stat().st_size > 1000 and (tmp_path / "r.json").exists()
     assert "edit" in place("eval", "--cases", cases).out
 
@@ -318,6 +336,14 @@ def test_export(place: Place, models: Path, tmp_path: Path, form: str) -> None:
     assert done.status == 0 and done.data["difference"] < 1e-3 and done.data["bytes"] > 1000
     said = json.loads((tmp_path / "out" / "errata.json").read_text())
     assert said["patch"] == place.patch.id and said["base"] == hosts.load(str(models / "neox"), "cpu").id
+
+
+def test_a_patch_travels_as_one_file(place: Place, tmp_path: Path) -> None:
+    file = tmp_path / "fix.safetensors"
+    done = place("export", file, "--as", "patch", "--json")
+    assert done.status == 0 and done.data["bytes"] == file.stat().st_size and artefact.load_patch(file).id == place.patch.id
+    assert "is there already" in one_sentence(place("export", file, "--as", "patch").err)
+    assert place("ask", "Hello", "--patch-file", file, "--json").data["patch"] == place.patch.id
 
 
 def test_methods_come_from_the_register() -> None:

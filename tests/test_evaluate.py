@@ -49,9 +49,7 @@ TEXTS = ("Port Louis is the largest city of Mauritius.", "Paris lies on the Sein
 
 def noise(host: Host, size: float = 0.05, examples: tuple[Example, ...] = ()) -> Patch:
     draw = torch.Generator().manual_seed(1)
-    ops = tuple(
-        Add(weight=n, delta=size * torch.randn(p.shape, generator=draw)) for n, p in host.model.named_parameters() if p.ndim == 2
-    )
+    ops = tuple(Add(weight=n, delta=size * torch.randn(p.shape, generator=draw)) for n, p in host.model.named_parameters() if p.ndim == 2)
     return Patch(method="noise", config={}, parent=host.id, examples=examples, ops=ops)
 
 
@@ -156,8 +154,8 @@ def test_every_measure_of_free_generation_counts_what_it_should(told: Callable[.
 
 def test_without_a_known_old_answer_what_the_base_said_counts_as_old(told: Callable[..., tuple[Scores, list[list[str]]]]) -> None:
     case = replace(CASE, old=None)
-    after = BEFORE | {EXAMPLE.prompt: " Port Louis or Vacoas.", CASE.paraphrases[0]: " Port Louis."}
-    found, _ = told(BEFORE | {CASE.paraphrases[0]: " Port Louis."}, after, case)
+    right = {CASE.paraphrases[0]: " Port Louis which lies by the sea."}
+    found, _ = told(BEFORE | right, BEFORE | right | {EXAMPLE.prompt: " Port Louis or Vacoas."}, case)
     assert one(found, "edit", case).total == 0  # it says both
     assert [(a.was, a.ok) for a in found.answers if a.prompt == CASE.paraphrases[0]] == [(True, True)]  # nothing there to be gone
 
@@ -173,7 +171,7 @@ def test_what_a_case_does_not_have_is_nothing_of_nothing(told: Callable[..., tup
 def test_equal_cases_count_once_and_equal_prompts_are_asked_once(told: Callable[..., tuple[Scores, list[list[str]]]]) -> None:
     other = replace(CASE, source="another")
     found, asked = told({}, {}, CASE, CASE, other)
-    assert {s.case for s in found.rows} == {CASE.id, other.id}
+    assert [s.case for s in found.rows if s.measure == "edit"] == [CASE.id, other.id]
     assert len(asked[0]) == 1 + 2 + 1 + 1 + 4
 
 
@@ -251,6 +249,8 @@ def test_a_model_that_breaks_shows_not_finite_and_agrees_with_nothing(tiny_gpt2:
     assert math.isnan(aggregate(found, "kl.reference").value or 0)
     assert math.isnan(aggregate(found, "kl.reference").low or 0)
     assert aggregate(found, "top1.reference").value == 0
+    host.model.get_parameter("transformer.ln_f.weight").data.fill_(math.nan)
+    assert aggregate(evaluate(host, None, baseline(host, [CASE], TEXTS)), "top1.reference").value == 0  # not even with itself
 
 
 def test_reference_text_is_cut_to_the_tokens_asked_for(tiny_gpt2: Host) -> None:

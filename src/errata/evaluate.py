@@ -177,7 +177,7 @@ def evaluate(host: Host, patch: Patch | None, before: Baseline, *, state: State 
     _refuse_leaks(before.cases, patch, state)
     patches = [] if patch is None else [patch]
     with apply.applied(host, *patches):
-        after = _replies(host, before.cases, before.new_tokens)
+        after = before.replies if patch is None else _replies(host, before.cases, before.new_tokens)
         forced = _forced(host, before.cases)
     near = _pairs_near(before.cases)
     encoded = [hosts.encode(host, *pair) for pair in near]

@@ -179,7 +179,7 @@ class Ledger:
         """
         self.path = Path(path)
         if not (self.path / FILE).is_file():
-            raise LedgerError(f"There is no ledger at {self.path}. Create one there, or name the folder of an existing one.")
+            raise LedgerError(f"There is no ledger at {self.path}. Create one with 'errata init', or name the folder of an existing one.")
         with _spoken(self.path):
             self._db = _connect(self.path / FILE, "rw")
         try:

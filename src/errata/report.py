@@ -321,7 +321,7 @@ def cut(text: str, length: int = 90) -> str:
 def rate(value: float | None, digits: int = 1) -> str:
     if value is None:
         return "none"
-    return f"{100 * value:.{digits}f} %" if math.isfinite(value) else "not finite"
+    return f"{100 * value:.{digits}f} %".replace("-", "−") if math.isfinite(value) else "not finite"
 
 
 def number(value: float | None, sign: bool = False, figures: int = 3) -> str:
@@ -427,8 +427,8 @@ def budget_bar(verdict: Verdict) -> Markup:
         _tag("rect", x=left, y=top, width=right - left, height=height, rx=5, class_="track"),
         _tag("rect", x=x(0.0), y=top, width=x(limit) - x(0.0), height=height, class_="room"),
         _tag("rect", x=start, y=top + 5, width=max(2.0, end - start), height=height - 10, class_=f"fill {inside}"),
-        _line(x(verdict.increase), middle, x(verdict.upper), middle, f"whisker {inside}"),
-        _line(x(verdict.upper), top + 4, x(verdict.upper), top + height - 4, f"whisker {inside}"),
+        _line(x(verdict.increase), middle, x(verdict.upper), middle, "whisker"),
+        _line(x(verdict.upper), top + 4, x(verdict.upper), top + height - 4, "whisker"),
         _line(x(limit), top - 7, x(limit), top + height + 7, "limit"),
         _line(x(0.0), top - 2, x(0.0), top + height + 2, "axis"),
         mark(f"limit {power(limit)}", limit, top - 12, class_="strong"),
@@ -502,7 +502,7 @@ def budget_chart(entries: Sequence[Entry], before: Scores | None = None) -> Mark
         parts.append(_line(plane.left, plane.y(base), plane.right, plane.y(base), "base"))
         parts.append(_label("no edit", plane.right - 4, plane.y(base) - 6, text_anchor="end", class_="muted"))
     for i, own in enumerate(lines.values()):
-        parts += _points(i, own, plane, shift=8 * (i - (len(lines) - 1) / 2))
+        parts += _points(i, own, plane, shift=min(8, 44 / len(lines)) * (i - (len(lines) - 1) / 2))
     description = "; ".join(
         f"{e.label} at {power(e.epsilon)}: {rate(aggregate(e.scores, 'ood').value)} of unseen text right, "
         f"{rate(aggregate(e.scores, 'neighbours').value)} of neighbours kept"

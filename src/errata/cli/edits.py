@@ -203,7 +203,7 @@ def ask(
     rows = [(p, b.strip(), Text(a.strip(), style="" if a == b else "bold green")) for p, b, a in said]
     out.emit(
         [{"prompt": p, "before": b, "after": a, "patch": worn.id} for p, b, a in said],
-        table("prompt", "before", f"after {short(worn.id)}", rows=rows, equal=True),
+        table("prompt", "before", f"after {short(worn.id)}", rows=rows, even=True),
     )
 
 
@@ -256,7 +256,7 @@ def judge(
         report, _ = page.write(whole, report)
     was = {measure: value for measure, value, *_ in evaluate.summary(base)}
     rows = [(m, was.get(m), after, low, high, n) for m, after, low, high, n in evaluate.summary(edited)]
-    keys = ("measure", "before", "after", "low", "high", "count")
+    keys = ("measure", "before", "after", "low", "high", "n")
     told = {"patch": worn.id, "cases": len(judged), "measures": [dict(zip(keys, row, strict=True)) for row in rows]}
     shown = [(m, number(b), number(a), "" if low is None else f"{number(low)} .. {number(high)}", n) for m, b, a, low, high, n in rows if n]
     written = [f"The report is {report}."] if report is not None else []
@@ -265,23 +265,35 @@ def judge(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    to: Annotated[Path, typer.Argument(metavar="PATH", help="A new folder; a new file for --as patch.")],
     form: Annotated[
-        str, typer.Option("--as", help="model: the merged Hugging Face folder. peft: an adapter, for low-rank patches.")
+        str, typer.Option("--as", help="model: merged Hugging Face folder. peft: adapter, for low-rank patches. patch: one file.")
     ] = "model",
     patch: PatchId = None,
     at: LedgerAt = LEDGER,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Write the model with the patch in it, or the patch as an adapter; it is read back and compared before success is said."""
+    """Write the model with the patch in it, or the patch alone; it is read back and compared before success is said."""
+    from errata import artefact
     from errata import export as room
+    from errata.types import LedgerError, UnknownName
 
     out = Out(json=json)
+    if form not in (*room.FORMS, "patch"):
+        raise UnknownName.among("form of export", form, (*room.FORMS, "patch"))
+    if to.is_file():
+        raise LedgerError(f"{to} is there already. Name another path.")
     with opened(at) as ledger:
         worn = chosen_patch(ledger, patch)
-        host = bound_host(ledger, device, out)
-    with out.busy("Writing, reading back and comparing"):
-        done = room.export(host, worn, folder, form)
-    told = {"folder": str(done.folder), "as": done.form, "patch": done.patch, "bytes": done.nbytes, "difference": done.difference}
-    out.emit(told, f"{done.folder}: {done.nbytes / 1e6:.1f} MB, read back; logits within {done.difference:.1e} of the patched model's.")
+        told: dict[str, Any] = {"path": str(to), "as": form, "patch": worn.id}
+        if form == "patch":
+            told["bytes"] = artefact.save(worn, to).stat().st_size
+            read_back = f"its id is {artefact.load_patch(to).id}"
+        else:
+            host = bound_host(ledger, device, out)
+            with out.busy("Writing, reading back and comparing"):
+                done = room.export(host, worn, to, form)
+            told |= {"bytes": done.nbytes, "difference": done.difference}
+            read_back = f"its logits are within {done.difference:.1e} of the patched model's"
+    out.emit(told, f"{to}: {told['bytes'] / 1e6:.1f} MB, read back; {read_back}.")

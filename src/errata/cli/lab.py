@@ -99,13 +99,14 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for patch and report.")] = Path("errata-demo"),
     method: Annotated[str, typer.Option(help="See 'errata methods'.")] = "finetune",
     epsilon: Annotated[list[float], typer.Option(help="A budget; give it several times.")] = [1e-3, 1e-4, 1e-5],  # noqa: B006
-    n: Annotated[int, typer.Option("--n", min=1, help="How many examples.")] = 30,
+    n: Annotated[int, typer.Option("--n", min=1, help="How many examples.")] = 40,
     device: Device = None,
     json: Json = False,
 ) -> None:
     """The main job, shown: wrong answers in; a verified, reversible fix out."""
     from errata import demo as room
 
-    told = room.run(out, method, epsilon, n, device, Console(stderr=json))
+    shown = Out(json=json)
+    told = room.run(out, method, epsilon, n, device, Console(stderr=json, highlight=False), shown.progress)
     if json:
-        Out(json=True).emit(told)
+        shown.emit(told)

@@ -19,7 +19,7 @@ from errata.hosts import Host
 from errata.types import Example, InvalidExample, Method
 
 COPIES = 5  # float32 each: master, gradient, two moments, best so far
-SAMPLED = 384 * 96  # tokens that `text.sampled` draws where there is no reference text
+SAMPLED = (384, 96)  # documents that `text.sampled` draws where there is no reference text, and their tokens
 CHUNK, PREFIX, NEIGHBOUR, ANSWER, CHECK_EVERY = 128, 40, 24, 12, 10  # tokens and steps, as in text.py, hosts.py and methods/_descend.py
 
 
@@ -28,15 +28,15 @@ def estimate(host: Host, examples: Sequence[Example], made: Method, reference: P
     if not examples:
         raise InvalidExample("There are no examples to build from.")
     lengths = [len(hosts.encode(host, e.prompt, e.target)[0]) for e in examples]
-    hold, judge, drawn = _texts(host, reference)
+    hold, length, judge, drawn = _texts(host, reference)
     speed = _speeds(host)
     config = made.config
     steps, contexts, near = (int(config.get(k, 0)) for k in ("steps", "contexts", "neighbours"))
     held_rows = int(config.get("hold", 0)) * (2 if near else 1)
 
     task = sum(lengths) + contexts * PREFIX * len(lengths) // 2  # tokens that one step trains on
-    held = held_rows * min(hold // max(1, len(lengths)), 64, CHUNK, host.context)
-    check = hold // 3 * (steps // CHECK_EVERY + 1)
+    held = held_rows * min(length, CHUNK, host.context)
+    check = hold // 4 * (steps // CHECK_EVERY + 1)
     read = 2 * judge + check + held * steps
     said = drawn + (near * NEIGHBOUR + 4 * ANSWER) * len(lengths)
     seconds = {
@@ -47,12 +47,12 @@ def estimate(host: Host, examples: Sequence[Example], made: Method, reference: P
 
     trained = _trained(host, made)
     batch = min(int(config.get("batch_size", 64)), max(len(lengths), held_rows))
-    width = max(max(lengths) + contexts * PREFIX, 64)
+    width = max(max(lengths) + contexts * PREFIX, min(length, CHUNK, host.context))
     vocabulary = host.model.get_input_embeddings().num_embeddings
     memory = {
         "model": sum(p.numel() * p.element_size() for p in host.model.parameters()),
         "trained part": trained * 4 * COPIES,
-        "activations": int(min(batch * width, task + held) * (speed["saved"] + 16 * vocabulary)),  # 16: four float32 distributions
+        "activations": int(batch * width * (speed["saved"] + 28 * vocabulary)),  # 28: both distributions, their KL and gradients
     }
     data = {
         "method": type(made).__name__.lower(),
@@ -72,12 +72,14 @@ def estimate(host: Host, examples: Sequence[Example], made: Method, reference: P
     return data, table("", "about", "of which", rows=rows, title=title)
 
 
-def _texts(host: Host, reference: Path | None) -> tuple[int, int, int]:
-    """Tokens of the text to hold with and to judge with, and how many of them have to be drawn from the model first."""
+def _texts(host: Host, reference: Path | None) -> tuple[int, int, int, int]:
+    """Tokens of the text to hold with, the mean length of its documents, tokens of the text to judge with, and how many have to be drawn
+    from the model first."""
     if reference is None and not host.name.startswith("lab/"):
-        return SAMPLED // 2, SAMPLED // 2, SAMPLED
-    hold, judge = text.standing(host, reference)
-    return sum(len(hosts.tokens(host, t)) for t in hold), sum(len(hosts.tokens(host, t)) for t in judge), 0
+        return SAMPLED[0] * SAMPLED[1] // 2, SAMPLED[1], SAMPLED[0] * SAMPLED[1] // 2, SAMPLED[0] * SAMPLED[1]
+    parts = text.standing(host, reference)
+    hold, judge = (sum(len(hosts.tokens(host, document)) for document in part) for part in parts)
+    return hold, hold // len(parts[0]) + 1, judge, 0
 
 
 def _trained(host: Host, made: Method) -> int:
@@ -120,9 +122,9 @@ def _speeds(host: Host) -> dict[str, float]:
 
 
 def _time(work: Callable[[], None]) -> float:
-    """Seconds of the faster of two runs: the first may still be warming up."""
+    """Seconds of the fastest of three runs: the first may still be warming up."""
     spent = []
-    for _ in range(2):
+    for _ in range(3):
         started = time.perf_counter()
         work()
         if torch.cuda.is_available():

@@ -32,11 +32,17 @@ def show(
     json: Json = False,
 ) -> None:
     """An example, or a patch with its verdict; without an id, what is in the ledger now."""
+    from errata.types import UnknownName
+
     out = Out(json=json)
     with opened(at) as ledger:
         if id is None:
             out.emit(*overview(ledger))
-        elif found := [e for e in ledger.active() if e.id.removeprefix("b2:").startswith(id.removeprefix("b2:"))]:
+            return
+        found = [e for e in ledger.active() if e.id.removeprefix("b2:").startswith(id.removeprefix("b2:"))]
+        if len(found) > 1:
+            raise UnknownName(f"'{id}' is the start of {len(found)} examples, {short(found[0].id)} among them. Write more of it.")
+        if found:
             out.emit(plain(found[0]), table("", "", rows=plain(found[0]).items()))
         else:
             patch = ledger.patch(id)

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from errata.types import Example, Patch, Verdict
 
 
-def table(*columns: str, rows: Iterable[Sequence[object]], title: str | None = None, **ratios: int) -> Table:
-    """A table whose cells are taken as they are: brackets in what a model says are no markup. `ratios`: widths of columns, by name."""
-    drawn = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False, expand=bool(ratios))
+def table(*columns: str, rows: Iterable[Sequence[object]], title: str | None = None, even: bool = False) -> Table:
+    """A table whose cells are taken as they are: brackets in what a model says are no markup. `even`: columns of one width."""
+    drawn = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False, expand=even)
     for column in columns:
-        drawn.add_column(column, ratio=ratios.get(column), overflow="fold")
+        drawn.add_column(column, ratio=1 if even else None, overflow="fold")
     for row in rows:
         drawn.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return drawn
@@ -57,13 +57,21 @@ def overview(ledger: "Ledger") -> tuple[dict[str, Any], RenderableType, Renderab
         {"id": r.id, "at": r.at, "method": r.method, "examples": r.examples, "passed": r.verdict.passed, "current": r.current}
         for r in patches
     ]
+    in_use = next((r.id for r in reversed(patches) if r.current and r.verdict.passed), None)
     rows = [
-        (short(r.id), r.at[:19], r.method, len(r.examples), "passed" if r.verdict.passed else "refused", "yes" if r.current else "no")
+        (
+            short(r.id),
+            r.at[:19],
+            r.method,
+            len(r.examples),
+            "passed" if r.verdict.passed else "refused",
+            "in use" if r.id == in_use else "" if r.current else "out of date",
+        )
         for r in patches
     ]
     data = what | {"active": [plain(e) for e in active], "patches": kept}
     heading = f"{ledger.path}: {ledger.model}, weights {short(ledger.host)}; budget: {limits}"
-    return data, heading, listed(active), table("patch", "judged (UTC)", "method", "examples", "verdict", "current", rows=rows)
+    return data, heading, listed(active), table("patch", "judged (UTC)", "method", "examples", "verdict", "", rows=rows)
 
 
 def described(patch: "Patch", verdict: "Verdict") -> tuple[dict[str, Any], RenderableType]:

@@ -135,8 +135,9 @@ def some(seed: int, n: int, pool: tuple[Fact, ...] | None = None) -> tuple[str, 
 
 
 def hold() -> tuple[str, ...]:
-    """The lab's text to hold a model still with while it is edited: it tells of training entities only."""
-    return some(SEEDS["hold"], 3000, tuple(f for f in facts() if f.split == "train"))
+    """The lab's text to hold a model still with while it is edited; other documents than those of `reference`, of the same world."""
+    judged = set(reference())
+    return tuple(d for d in some(SEEDS["hold"], 6000) if d not in judged)
 
 
 def reference() -> tuple[str, ...]:

@@ -33,6 +33,7 @@ Row = tuple[list[int], int]
 MARGIN = math.log(16)  # `prefer` is content when the target is 16 times as likely as the contrast (Hewitt et al. 2024, table 1)
 KEYS, EIGENVECTORS = 4096, 256  # how many tokens C is estimated from, and how many of its directions are kept
 CHECK_EVERY = 10  # steps between two measurements of the constraint
+CHECKED = 600  # documents that it is measured on, never among those whose KL is minimised
 
 
 @final
@@ -74,9 +75,9 @@ def goal_losses(logp_N: Float[Tensor, "N"], contrast_N: Float[Tensor, "N"], exam
     return torch.stack([by_goal[e.goal](p, c) for e, p, c in zip(examples, logp_N, contrast_N, strict=True)])
 
 
-def kl_sum(base_PV: Float[Tensor, "P V"], edited_PV: Float[Tensor, "P V"]) -> Tensor:
-    """Sum over P predictions of KL(p_base || p_edited), from logits."""
-    return nn.functional.kl_div(edited_PV.log_softmax(-1), base_PV.log_softmax(-1), log_target=True, reduction="sum")
+def kl_each(base_PV: Float[Tensor, "P V"], edited_PV: Float[Tensor, "P V"]) -> Float[Tensor, "P"]:
+    """(P,) KL(p_base || p_edited) of each prediction, from logits."""
+    return nn.functional.kl_div(edited_PV.log_softmax(-1), base_PV.log_softmax(-1), log_target=True, reduction="none").sum(-1)
 
 
 @final
@@ -94,6 +95,15 @@ class Whitening:
         return x + ((x @ self.U_KE) * self.f_E) @ self.U_KE.T
 
 
+def beginnings(host: Host, prompt: str, about: str) -> list[str]:
+    """Where sentences about other things branch off: every beginning of the prompt, token by token, and of what it speaks of."""
+    out = []
+    for text_, least in ((prompt, 1), (f" {about}", 1)) if about else ((prompt, 1),):
+        ids = hosts.tokens(host, text_)
+        out += [str(host.tokenizer.decode(ids[:k], skip_special_tokens=True)).strip() for k in range(least, len(ids) + (text_ != prompt))]
+    return [start for start in dict.fromkeys(out) if start] or [prompt]
+
+
 def held_still(host: Host, examples: Sequence[Example], run: Run, per_example: int) -> tuple[list[str], list[str]]:
     """(documents to hold still with, the model's own sentences near the examples), neither stating an edited fact."""
     documents = list(run.hold) or list(text.sampled(host, seed=run.seed))
@@ -101,12 +111,9 @@ def held_still(host: Host, examples: Sequence[Example], run: Run, per_example: i
     seen, rng = text.document_counts(documents), random.Random(run.seed)
     starts = []
     for e in examples:
-        words = e.prompt.split(" ")
-        beginnings = [" ".join(words[:k]) for k in range(1, len(words))]
-        about = text.topic(e.prompt, seen, len(documents))
-        starts += rng.choices([*beginnings, *[about] * len(beginnings)] if about else beginnings or [e.prompt], k=per_example)
-    said = hosts.sample(host, starts, max_new_tokens=24, seed=run.seed, batch_size=256) if starts else []
-    near = [start + more for start, more in zip(starts, said, strict=True)]
+        starts += rng.choices(beginnings(host, e.prompt, text.topic(e.prompt, seen, len(documents))), k=per_example)
+    said = hosts.sample(host, starts, max_new_tokens=20, seed=run.seed, batch_size=256) if starts else []
+    near = dict.fromkeys(start + more for start, more in zip(starts, said, strict=True))
     return [d for d in documents if not statements.any_in(d)], [d for d in near if not statements.any_in(d)]
 
 
@@ -119,18 +126,19 @@ class Descent:
         self.examples = sorted(examples, key=lambda e: e.id)  # any order gives the same patch
         documents, near = held_still(host, self.examples, run, settings.neighbours)
         self.rng.shuffle(documents)
-        third = max(1, len(documents) // 3)
-        self.checked = hosts.chunks(host, documents[:third])
+        n = max(1, min(len(documents) // 4, CHECKED))
+        self.checked = hosts.chunks(host, documents[:n])
         self.before_N2 = hosts.score(host, self.checked)
-        self.held = hosts.chunks(host, documents[third:]) or self.checked
-        self.near = hosts.chunks(host, near)
-        self.prefixes = [d for d in documents[third:] if len(d) < 120]
+        self.held = hosts.chunks(host, documents[n:]) or self.checked
+        self.pool = self.held + hosts.chunks(host, near)
+        self.hurt: dict[int, float] = {}  # KL of each row of the pool when it was last drawn
+        self.prefixes = [d for d in documents[n:] if len(d) < 120]
 
     def whitenings(self, modules: Sequence[str]) -> dict[str, Whitening]:
         """The coordinates of each module; none without damping."""
         if self.settings.damping is None:
             return {}
-        rows = self.rng.sample(self.held + self.near, k=min(len(self.held + self.near), 256))
+        rows = self.rng.sample(self.pool, k=min(len(self.pool), 256))
         batch = hosts.pad(self.host, rows)
         with torch.no_grad(), hooks.reading(self.host.model, modules, inputs=True) as seen:
             hosts.logits(self.host, batch)
@@ -165,18 +173,26 @@ class Descent:
 
     def hold(self, weights: Callable[[], Weights], leaves: Sequence[Tensor], lam: float) -> float:
         """Adds the gradient of lam * KL on a draw of held text to the leaves; returns the KL per token."""
-        rows = self.rng.choices(self.held, k=self.settings.hold)
-        rows += self.rng.choices(self.near, k=self.settings.hold) if self.near else []
-        rows.sort(key=lambda row: len(row[0]))
+        chosen = self._draw()
+        rows = [self.pool[i] for i in chosen]
         tokens, total = sum(len(ids) - 1 for ids, _ in rows), 0.0
         for start in range(0, len(rows), self.settings.batch_size):
             batch = hosts.pad(self.host, rows[start : start + self.settings.batch_size])
             with torch.no_grad():
                 base_PV = hosts.predictions(self.host, batch)
-            kl = kl_sum(base_PV, hosts.predictions(self.host, batch, weights())) / tokens
-            _accumulate(lam * kl, leaves)
-            total += kl.item()
+            kl_P = kl_each(base_PV, hosts.predictions(self.host, batch, weights()))
+            _accumulate(lam * kl_P.sum() / tokens, leaves)
+            total += kl_P.sum().item() / tokens
+            ends = torch.tensor([len(ids) - 1 for ids, _ in rows[start : start + self.settings.batch_size]]).tolist()
+            for i, part in zip(chosen[start : start + self.settings.batch_size], kl_P.detach().split(ends), strict=True):
+                self.hurt[i] = part.sum().item()
         return total
+
+    def _draw(self) -> list[int]:
+        """Rows of the pool for one step: half at random, half those that were hurt most when last seen. Short ones first."""
+        half = self.settings.hold
+        worst = sorted(self.hurt, key=lambda i: -self.hurt[i])[:half]
+        return sorted({*worst, *self.rng.sample(range(len(self.pool)), k=min(len(self.pool), 2 * half - len(worst)))}, key=lambda i: len(self.pool[i][0]))
 
     def cost(self, weights: Weights) -> float:
         """95 % bound of the relative loss increase on the checked documents."""
@@ -189,22 +205,47 @@ def _accumulate(loss: Tensor, leaves: Sequence[Tensor]) -> None:
         leaf.grad = grad if leaf.grad is None else leaf.grad.add_(grad)
 
 
+@final
+class NovoGrad:
+    """m <- b1 m + g / sqrt(v), w <- w - rate m, with one v <- b2 v + (1 - b2) ||g||^2 for each tensor (Ginsburg et al. 2019, algorithm 1).
+
+    Adam gives every weight a step of about the same length, also where its gradient is noise, and thousands of such steps are what moves a
+    model away from its text. Here the step keeps the direction of the gradient, which for a few examples has low rank.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor], betas: tuple[float, float] = (0.9, 0.95)) -> None:
+        self.leaves, (self.b1, self.b2) = list(leaves), betas
+        self.m = [torch.zeros_like(leaf) for leaf in leaves]
+        self.v = [torch.zeros((), device=leaf.device) for leaf in leaves]
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        self.steps += 1
+        for i, leaf in enumerate(self.leaves):
+            g = leaf.grad
+            self.v[i].lerp_(g.square().sum(), 1 - self.b2)
+            scale = (self.v[i] / (1 - self.b2**self.steps)).sqrt() + 1e-12
+            self.m[i].mul_(self.b1).add_(g / scale, alpha=1 - self.b1)
+            leaf.sub_(self.m[i], alpha=rate)
+
+
 def descend(descent: Descent, run: Run, leaves: Sequence[Tensor], weights: Callable[[], Weights]) -> float:
     """Move `leaves` (float32, requiring gradients) to the best point inside the ball; returns the bound measured there.
 
     `weights()` gives the substituted parameters as a function of the leaves; where the leaves begin, it gives the base's.
     """
     settings, epsilon = descent.settings, run.budget.epsilon
-    optimizer = torch.optim.Adam(leaves, lr=settings.lr, betas=(0.9, 0.99), eps=1e-7)
+    optimizer = NovoGrad(leaves)
     lam, best, best_cost = settings.lam, [leaf.detach().clone() for leaf in leaves], 0.0
     for step in run.progress(range(settings.steps), "descending", settings.steps):
         warm = min(1.0, (step + 1) / 5)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-        optimizer.zero_grad(set_to_none=True)
+        rate = settings.lr * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+        for leaf in leaves:
+            leaf.grad = None
         loss = descent.task(weights, leaves)
         kl = descent.hold(weights, leaves, lam)
-        optimizer.step()
+        optimizer.step(rate)
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == settings.steps:
             with torch.no_grad():
                 cost = descent.cost(weights())
