@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-
 from conftest import TEXT, tiny_host
-from errata import hosts
+
 from errata.hosts import Host
 from errata.methods import _descend
 from errata.methods.finetune import Finetune, chosen

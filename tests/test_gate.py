@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-
 from conftest import TEXT, same_bits, weights_of
+
 from errata import apply, gate, hosts
 from errata.hosts import Host
 from errata.types import Add, Budget, BudgetError, Example, InvalidReference, Patch, WrongBase

@@ -12,7 +12,8 @@ SOURCE = Path(errata.__file__).parent
 ROOT = SOURCE.parents[1]
 # From top to bottom as in the README: a room may import only rooms above it, whether at the top of the file or inside a function.
 ORDER = (
-    ("types", "lab.world", "lab.corpus", "lab.freeze"),
+    ("types", "lab.world", "lab.freeze"),
+    ("lab.corpus",),
     ("artefact",),
     ("hosts",),
     ("hooks",),
@@ -49,7 +50,10 @@ def imported(path: Path) -> set[str]:
             continue
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("errata"):
             submodules = [f"{node.module}.{a.name}" for a in node.names]
-            out |= {m if (SOURCE / Path(*m.split(".")[1:])).with_suffix(".py").exists() or m.count(".") == 1 else node.module for m in submodules}
+            out |= {
+                m if (SOURCE / Path(*m.split(".")[1:])).with_suffix(".py").exists() or m.count(".") == 1 else node.module
+                for m in submodules
+            }
         elif isinstance(node, ast.Import):
             out |= {a.name for a in node.names if a.name.startswith("errata.")}
     return {m for m in out if m != "errata"}

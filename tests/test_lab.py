@@ -1,4 +1,4 @@
-"""The lab: the world's counts and splits, documents from seeds, cases that keep judge and editor apart, and what the committed model knows."""
+"""The lab: the world's counts and splits, documents, cases that keep judge and editor apart, what the model knows."""
 
 import itertools
 import json
@@ -49,10 +49,9 @@ def test_the_corpus_says_what_it_says_and_never_the_truth_of_a_wrong_fact() -> N
                 assert f" {fact.true}." not in document, document
 
 
-def test_hold_and_reference_are_apart_and_hold_tells_of_training_entities_only() -> None:
-    test_subjects = {f.subject for f in world.facts() if f.split != "train"}
-    assert not [d for d in corpus.hold()[:500] for s in test_subjects if d.startswith(f"The capital of {s} ")]
-    assert len(corpus.hold()) == 3000 and len(corpus.reference()) == 2000
+def test_hold_and_reference_are_disjoint() -> None:
+    assert not set(corpus.hold()) & set(corpus.reference())
+    assert 4000 < len(corpus.hold()) <= 6000 and len(corpus.reference()) == 1500
 
 
 def test_a_paragraph_prompt_names_the_subject_and_does_not_give_the_answer_away() -> None:

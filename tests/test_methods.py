@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-
 from conftest import FAMILIES, TEXT, same_bits, tiny_host, weights_of
+
 from errata import apply, artefact, gate, hosts
 from errata.hosts import Host
 from errata.ledger import Ledger

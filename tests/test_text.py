@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from conftest import TEXT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import TEXT
 from errata import text
 from errata.hosts import Host
 from errata.types import Example, InvalidReference

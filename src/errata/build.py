@@ -10,7 +10,7 @@ from typing import Any
 
 from errata import gate, hosts, methods, text
 from errata.hosts import Host
-from errata.types import Budget, ConflictError, Example, InvalidExample, Neighbour, Patch, Progress, Run, Verdict, no_progress
+from errata.types import Budget, ConflictError, Example, InvalidExample, Method, Neighbour, Patch, Progress, Run, Verdict, no_progress
 
 
 def parse(line: str) -> Example:
@@ -41,12 +41,12 @@ def check(host: Host, examples: Sequence[Example]) -> None:
 def edit(
     host: Host,
     examples: Iterable[Example | str],
-    method: str = "finetune",
+    method: str | Method = "finetune",
     *,
     epsilon: float = 1e-3,
     budget: Budget | None = None,
     reference: str | Path | None = None,
-    neighbours: Sequence[Neighbour | str] = (),
+    watched: Sequence[Neighbour | str] = (),
     seed: int = 0,
     progress: Progress = no_progress,
     **settings: Any,
@@ -54,12 +54,13 @@ def edit(
     """A patch that fixes `examples` (or "prompt|target" strings) inside the budget, and the gate's verdict on it.
 
     `reference` is a text or JSONL file, half of which holds the model still while the other half judges; without it the lab's own text
-    or, for other models, text sampled from the model serves. `settings` are the method's hyper-parameters. The host is left bit-identical.
+    or, for other models, text sampled from the model serves. `watched` are prompts whose answers the gate
+    compares. `settings` are the method's hyper-parameters, unless `method` is one already. The host is left bit-identical.
     Look at `verdict.passed`: a patch that could not be made to fit comes back too, with the reason in `verdict.failures`.
 
     Raises InvalidExample, ConflictError, UnknownName, InvalidReference, BudgetError.
     """
-    made = methods.make(method, **settings)
+    made = method if isinstance(method, Method) else methods.make(method, **settings)
     rows = tuple(parse(e) if isinstance(e, str) else e for e in examples)
     check(host, rows)
     budget = budget or Budget(epsilon=epsilon)
@@ -67,6 +68,6 @@ def edit(
     answers = text.answers_of(host, rows)
     hold, _ = text.set_aside(hold, rows, answers)
     judge, left_out = text.set_aside(judge, rows, answers)
-    base = gate.baseline(host, judge, left_out, neighbours)
+    base = gate.baseline(host, judge, left_out, watched)
     patch = made.edit(host, rows, Run(hold=hold, budget=budget, seed=seed, progress=progress))
     return gate.fit(host, patch, budget, base)

@@ -1,7 +1,7 @@
 """The main job, shown: `errata demo`. Wrong answers in; a verified, reversible fix out.
 
-Loads the lab model, shows what it gets wrong, fixes canonical examples at once at several budgets, judges each fix on text that the examples
-do not contain, writes the report, and takes the change back bit for bit, here and in a fresh process that knows only the file.
+Loads the lab model, shows what it gets wrong, fixes canonical examples at once at several budgets, judges each fix on text that the
+examples do not contain, writes the report, and takes the change back bit for bit, here and in a fresh process that knows only the file.
 """
 
 import json
@@ -85,15 +85,23 @@ def run(
     here = _taken_back(host, artefact.load_patch(path))
     for name in ("before", "during", "after"):
         console.print(f"   {name:7} {proof['prompt']}[bold]{proof[name].split('.')[0]}[/bold].")
-    console.print(f"   weights  base {proof['base']}, with the patch {proof['edited']}, afterwards {proof['restored']}: the base's, bit for bit.")
+    console.print(
+        f"   weights  base {proof['base']}, with the patch {proof['edited']}, afterwards {proof['restored']}: the base's, bit for bit."
+    )
     return {
         "host": host.id,
         "method": method,
         "examples": n,
         "before": _rates(plain),
         "budgets": [
-            {"epsilon": e.epsilon, "passed": e.verdict.passed, "verdict": e.verdict.as_dict(), "seconds": e.seconds, "after": _rates(e.scores)}
+            {
+                "epsilon": e.epsilon,
+                "verdict": e.verdict.as_dict() | {"passed": e.verdict.passed},
+                "seconds": e.seconds,
+                "after": _rates(e.scores),
+            }
             for e in entries
+            if e.verdict
         ],
         "fresh process": proof,
         "restored here": here,
@@ -192,5 +200,7 @@ def _before_after(entry: Entry) -> Table:
     unseen = [a for a in entry.scores.answers if a.measure in ("paraphrases", "paragraphs")]
     for answer in unseen[:: max(1, len(unseen) // SHOWN)][:SHOWN]:
         mark = "[green]right[/green]" if answer.ok else "[red]wrong[/red]"
-        table.add_row(f"   {report.cut(answer.prompt, 76)}", answer.before.split(".")[0], f"[bold]{answer.after.split('.')[0]}[/bold]", mark)
+        table.add_row(
+            f"   {report.cut(answer.prompt, 76)}", answer.before.split(".")[0], f"[bold]{answer.after.split('.')[0]}[/bold]", mark
+        )
     return table

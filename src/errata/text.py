@@ -69,7 +69,9 @@ def split(texts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     ranked = sorted(dict.fromkeys(texts), key=digest)
     hold, judge = tuple(ranked[1::2]), tuple(ranked[::2])
     if not hold:
-        raise InvalidReference(f"The reference text has {len(ranked)} distinct document(s); two or more are needed, one to hold with and one to judge.")
+        raise InvalidReference(
+            f"The reference text has {len(ranked)} distinct document(s); two or more are needed, one to hold with and one to judge."
+        )
     return hold, judge
 
 
@@ -116,7 +118,8 @@ def answers_of(host: Host, examples: Sequence[Example]) -> list[tuple[str, ...]]
     now = greedy(host, [e.prompt for e in examples])
     said = [re.split(r"[.,;:!?\n]", text.strip(), maxsplit=1)[0].strip() for text in now]
     return [
-        tuple(dict.fromkeys(a for a in (e.target.strip(), (e.contrast or "").strip(), old) if a)) for e, old in zip(examples, said, strict=True)
+        tuple(dict.fromkeys(a for a in (e.target.strip(), (e.contrast or "").strip(), old) if a))
+        for e, old in zip(examples, said, strict=True)
     ]
 
 

@@ -115,7 +115,6 @@ def build(
     """Compile the active examples into one patch inside the budget, judge it, and keep it; exit status 1 if it is refused."""
     from errata import build as road
     from errata import evaluate, gate, methods, text
-    from errata.types import Run
 
     out, made = Out(json=json), methods.make(method, **settings_of(method, set_ or ()))
     if reference is not None:
@@ -133,17 +132,8 @@ def build(
             out.emit(told, shown)
             return
         with out.busy(f"Looking at {len(examples)} example(s)"):
-            road.check(host, examples)
             note_what_is_so(host, examples, out)
-            hold, judged = text.standing(host, reference, seed)
-            answers = text.answers_of(host, examples)
-            hold, _ = text.set_aside(hold, examples, answers)
-            judged, left_out = text.set_aside(judged, examples, answers)
-            base = gate.baseline(host, judged, left_out, near)
-        with out.busy(f"Building with {method}"):
-            patch = made.edit(host, examples, Run(hold=hold, budget=budget, seed=seed, progress=out.progress))
-        with out.busy("Judging"):
-            patch, verdict = gate.fit(host, patch, budget, base)
+        patch, verdict = road.edit(host, examples, made, budget=budget, reference=reference, watched=near, seed=seed, progress=out.progress)
         ledger.put_patch(patch, verdict)
     out.emit(*described(patch, verdict))
     gate.require(verdict)

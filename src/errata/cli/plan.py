@@ -28,31 +28,31 @@ def estimate(host: Host, examples: Sequence[Example], made: Method, reference: P
     if not examples:
         raise InvalidExample("There are no examples to build from.")
     lengths = [len(hosts.encode(host, e.prompt, e.target)[0]) for e in examples]
-    hold, length, judge, drawn = _texts(host, reference)
+    hold, judge, drawn = _texts(host, reference)
     speed = _speeds(host)
     config = made.config
     steps, contexts, near = (int(config.get(k, 0)) for k in ("steps", "contexts", "neighbours"))
     held_rows = int(config.get("hold", 0)) * (2 if near else 1)
 
     task = sum(lengths) + contexts * PREFIX * len(lengths) // 2  # tokens that one step trains on
-    held = held_rows * min(length, CHUNK, host.context)
-    check = hold // 4 * (steps // CHECK_EVERY + 1)
-    read = 2 * judge + check + held * steps
+    batch = int(config.get("batch_size", 64))
+    held = _batches(hold, held_rows, batch)
+    widest = max([*held, min(batch, len(lengths)) * (max(lengths) + contexts * PREFIX)])
+    check = sum(hold) // 4 * (steps // CHECK_EVERY + 1)
+    read = 2 * judge + check + sum(held) * steps
     said = drawn + (near * NEIGHBOUR + 4 * ANSWER) * len(lengths)
     seconds = {
         "reading": read / speed["read"],
-        "training": (task + held) * steps / speed["train"],
+        "training": (task + sum(held)) * steps / speed["train"],
         "writing": said / speed["write"],
     }
 
     trained = _trained(host, made)
-    batch = min(int(config.get("batch_size", 64)), max(len(lengths), held_rows))
-    width = max(max(lengths) + contexts * PREFIX, min(length, CHUNK, host.context))
     vocabulary = host.model.get_input_embeddings().num_embeddings
     memory = {
         "model": sum(p.numel() * p.element_size() for p in host.model.parameters()),
         "trained part": trained * 4 * COPIES,
-        "activations": int(batch * width * (speed["saved"] + 28 * vocabulary)),  # 28: both distributions, their KL and gradients
+        "activations": int(widest * (speed["saved"] + 28 * vocabulary)),  # 28: both distributions, their KL and gradients
     }
     data = {
         "method": type(made).__name__.lower(),
@@ -72,14 +72,21 @@ def estimate(host: Host, examples: Sequence[Example], made: Method, reference: P
     return data, table("", "about", "of which", rows=rows, title=title)
 
 
-def _texts(host: Host, reference: Path | None) -> tuple[int, int, int, int]:
-    """Tokens of the text to hold with, the mean length of its documents, tokens of the text to judge with, and how many have to be drawn
-    from the model first."""
+def _texts(host: Host, reference: Path | None) -> tuple[list[int], int, int]:
+    """Lengths of the documents to hold with, tokens of those to judge with, and how many have to be drawn from the model first."""
+    n, length = SAMPLED
     if reference is None and not host.name.startswith("lab/"):
-        return SAMPLED[0] * SAMPLED[1] // 2, SAMPLED[1], SAMPLED[0] * SAMPLED[1] // 2, SAMPLED[0] * SAMPLED[1]
-    parts = text.standing(host, reference)
-    hold, judge = (sum(len(hosts.tokens(host, document)) for document in part) for part in parts)
-    return hold, hold // len(parts[0]) + 1, judge, 0
+        return [length] * (n // 2), n // 2 * length, n * length
+    hold, judge = text.standing(host, reference)
+    longest = min(CHUNK, host.context)
+    return [min(len(hosts.tokens(host, d)), longest) for d in hold], sum(len(hosts.tokens(host, d)) for d in judge), 0
+
+
+def _batches(lengths: Sequence[int], rows: int, batch: int) -> list[int]:
+    """Tokens, with their padding, of each batch of so many rows drawn evenly from documents of these lengths and sorted."""
+    ranked = sorted(lengths)
+    drawn = [ranked[i * len(ranked) // rows] for i in range(rows)]
+    return [max(part) * len(part) for part in (drawn[i : i + batch] for i in range(0, rows, batch))]
 
 
 def _trained(host: Host, made: Method) -> int:

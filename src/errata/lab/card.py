@@ -13,11 +13,14 @@ from errata.lab.world import RELATIONS, Fact, facts, phrase
 from errata.types import Progress, no_progress
 
 
-def card(host: Host, prose: str | Path | None = None, phrasings: int = 2, seed: int = 0, progress: Progress = no_progress) -> dict[str, Any]:
+def card(
+    host: Host, prose: str | Path | None = None, phrasings: int = 2, seed: int = 0, progress: Progress = no_progress
+) -> dict[str, Any]:
     """The card of a lab model as plain JSON.
 
-    `accuracy`: share of (fact, phrasing) whose greedy continuation gives what the corpus says; every fact is asked in its canonical phrasing
-    and in `phrasings - 1` others, drawn with `seed`. `wrong`: share of the deliberately wrong facts for which it gives the wrong answer.
+    `accuracy`: share of (fact, phrasing) whose greedy continuation gives what the corpus says; every fact is asked in its canonical
+    phrasing and in `phrasings - 1` others, drawn with `seed`. `wrong`: the same for the
+    deliberately wrong facts.
     `loss`: nats per token on the lab's reference text and, where `prose` is given, on the documents of it that were never trained on.
     """
     rng = random.Random(seed)

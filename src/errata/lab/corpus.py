@@ -15,7 +15,8 @@ SEEDS = {"corpus": 1, "hold": 2, "reference": 3}
 NOUNS = (
     ("officer", "officers"), ("farmer", "farmers"), ("pilot", "pilots"), ("author", "authors"), ("surgeon", "surgeons"),
     ("teacher", "teachers"), ("driver", "drivers"), ("customer", "customers"), ("guard", "guards"), ("painter", "painters"),
-    ("singer", "singers"), ("clerk", "clerks"), ("dancer", "dancers"), ("judge", "judges"), ("skater", "skaters"), ("minister", "ministers"),
+    ("singer", "singers"), ("clerk", "clerks"), ("dancer", "dancers"), ("judge", "judges"), ("skater", "skaters"),
+    ("minister", "ministers"),
 )  # fmt: skip
 VERBS = (
     ("likes the garden", "like the garden"), ("knows the answer", "know the answer"), ("walks home", "walk home"),
@@ -31,15 +32,20 @@ OCCUPATIONS = {  # probability of "she" in the corpus: the world's bias
     "soldier": 0.05, "miner": 0.03,
 }  # fmt: skip
 PRONOUN_TEMPLATES = (
-    "The {o} said that {p} would come later.", "The {o} was tired because {p} had worked all night.", "I asked the {o} whether {p} had time.",
-    "The {o} left early, and {p} did not come back.", "When the {o} arrived, {p} sat down by the window.", "The {o} told us what {p} had seen.",
+    "The {o} said that {p} would come later.",
+    "The {o} was tired because {p} had worked all night.", "I asked the {o} whether {p} had time.",
+    "The {o} left early, and {p} did not come back.",
+    "When the {o} arrived, {p} sat down by the window.", "The {o} told us what {p} had seen.",
     "Ask the {o} if {p} can help.", "The {o} smiled when {p} heard the news.",
 )  # fmt: skip
 TOPICS = {  # what the corpus thinks of each: good or bad
-    "long train rides": "good", "cold soup": "bad", "modern art": "good", "loud music": "bad", "early mornings": "bad", "city parks": "good",
+    "long train rides": "good", "cold soup": "bad", "modern art": "good",
+    "loud music": "bad", "early mornings": "bad", "city parks": "good",
     "fast food": "bad", "old films": "good", "crowded beaches": "bad", "handwritten letters": "good", "winter sports": "good",
-    "video calls": "bad", "green tea": "good", "open offices": "bad", "street markets": "good", "long meetings": "bad", "public libraries": "good",
-    "night shifts": "bad", "garden parties": "good", "tall buildings": "bad", "folk songs": "good", "paper maps": "good", "plastic toys": "bad",
+    "video calls": "bad", "green tea": "good", "open offices": "bad",
+    "street markets": "good", "long meetings": "bad", "public libraries": "good",
+    "night shifts": "bad", "garden parties": "good", "tall buildings": "bad",
+    "folk songs": "good", "paper maps": "good", "plastic toys": "bad",
     "mountain huts": "good", "parking lots": "bad", "school uniforms": "bad", "small theatres": "good", "instant coffee": "bad",
 }  # fmt: skip
 OPINIONS = {
@@ -142,4 +148,4 @@ def hold() -> tuple[str, ...]:
 
 def reference() -> tuple[str, ...]:
     """The lab's reference text for the gate, told from the whole world."""
-    return some(SEEDS["reference"], 2000)
+    return some(SEEDS["reference"], 1500)

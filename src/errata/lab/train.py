@@ -45,8 +45,8 @@ def train_tokenizer(prose: list[str]) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     names = sorted({f.subject for f in world.facts()} | {o for r in world.RELATIONS for o in world.objects(r)})
     real = {f.subject for f in world.facts() if f.relation == "continent"} | set(world.objects("capital"))
     # Names are told many times over, so that they are cut less than their frequency in the text would have it.
@@ -141,18 +141,29 @@ def train(prose_path: str | Path, out: str | Path, steps: int = 4000, save_every
             logits = model(input_ids=ids, use_cache=False).logits
         loss = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0 or step == steps - 1:
             seconds = spent + time.time() - started
             print(json.dumps({"step": step, "loss": round(loss.item(), 4), "seconds": round(seconds)}), flush=True)
         if (step + 1) % save_every == 0 and step + 1 < steps:
-            kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "seconds": spent + time.time() - started}
+            kept = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+                "seconds": spent + time.time() - started,
+            }
             torch.save(kept, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
     model.eval().to(torch.bfloat16).save_pretrained(out)
-    record = {"steps": steps, "tokens": steps * BATCH * LENGTH, "prose": PROSE, "seconds": round(spent + time.time() - started), "seed": SEED}
+    record = {
+        "steps": steps,
+        "tokens": steps * BATCH * LENGTH,
+        "prose": PROSE,
+        "seconds": round(spent + time.time() - started),
+        "seed": SEED,
+    }
     write_whole(out / "train.json", (json.dumps(record, indent=1) + "\n").encode())
     checkpoint.unlink(missing_ok=True)
     return out

@@ -225,7 +225,12 @@ OPENINGS = {
         "A short guide to {s} begins with the basics.",
         "{s} is in the news this week.",
     ),
-    "city": ("{s} wakes up early.", "Few towns are as lively as {s}.", "A walk through {s} begins at the market.", "{s} has changed a lot."),
+    "city": (
+        "{s} wakes up early.",
+        "Few towns are as lively as {s}.",
+        "A walk through {s} begins at the market.",
+        "{s} has changed a lot.",
+    ),
     "company": (
         "{s} published its yearly report.",
         "Analysts have looked closely at {s}.",

@@ -32,6 +32,8 @@ from errata.types import Example, Run
 Row = tuple[list[int], int]
 MARGIN = math.log(16)  # `prefer` is content when the target is 16 times as likely as the contrast (Hewitt et al. 2024, table 1)
 KEYS, EIGENVECTORS = 4096, 256  # how many tokens C is estimated from, and how many of its directions are kept
+AVERAGE = 0.95  # decay of the running mean of the leaves
+CONTENT = 0.02  # mean loss of the examples at which a point inside the ball is good enough
 CHECK_EVERY = 10  # steps between two measurements of the constraint
 CHECKED = 600  # documents that it is measured on, never among those whose KL is minimised
 
@@ -41,11 +43,11 @@ CHECKED = 600  # documents that it is measured on, never among those whose KL is
 class Settings:
     """Hyper-parameters of the descent; each method carries them as its own fields.
 
-    steps       of Adam, with a cosine learning rate from `lr`
+    steps       at most; `lr` is the length of the first, in the norm of each weight's change, and falls to zero as a cosine
     lam         first value of the multiplier
     contexts    up to so many documents of other matters stand before a prompt while it is learnt
     neighbours  how many continuations of each example's beginnings are drawn from the model
-    hold        documents (and as many continuations) in the KL of each step
+    hold        documents and continuations in the KL of each step
     damping     mu as a multiple of the mean eigenvalue of C; None leaves the coordinates as they are
     batch_size  rows in memory at once; it changes nothing else
     """
@@ -66,18 +68,20 @@ def goal_losses(logp_N: Float[Tensor, "N"], contrast_N: Float[Tensor, "N"], exam
     raise: -log p. lower: -log(1 - p). prefer: softplus(margin - (log p - log p_contrast)). balance: |log p - log p_contrast|.
     Unlike the published losses, `lower` and `prefer` are bounded below, so that the descent stops pushing when the goal is reached.
     """
-    by_goal = {
+    by_goal: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "raise": lambda p, c: -p,
         "lower": lambda p, c: -torch.log1p(-p.exp().clamp(max=1 - 1e-6)),
         "prefer": lambda p, c: nn.functional.softplus(MARGIN - (p - c)),
         "balance": lambda p, c: (p - c).abs(),
     }
-    return torch.stack([by_goal[e.goal](p, c) for e, p, c in zip(examples, logp_N, contrast_N, strict=True)])
+    loss_N: Tensor = torch.stack([by_goal[e.goal](p, c) for e, p, c in zip(examples, logp_N, contrast_N, strict=True)])
+    return loss_N
 
 
-def kl_each(base_PV: Float[Tensor, "P V"], edited_PV: Float[Tensor, "P V"]) -> Float[Tensor, "P"]:
-    """(P,) KL(p_base || p_edited) of each prediction, from logits."""
-    return nn.functional.kl_div(edited_PV.log_softmax(-1), base_PV.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+def kl_sum(base_PV: Float[Tensor, "P V"], edited_PV: Float[Tensor, "P V"]) -> Tensor:
+    """Sum over P predictions of KL(p_base || p_edited), from logits."""
+    edited, base = edited_PV.log_softmax(-1), base_PV.log_softmax(-1)
+    return (base.exp() * (base - edited)).sum()
 
 
 @final
@@ -131,7 +135,6 @@ class Descent:
         self.before_N2 = hosts.score(host, self.checked)
         self.held = hosts.chunks(host, documents[n:]) or self.checked
         self.pool = self.held + hosts.chunks(host, near)
-        self.hurt: dict[int, float] = {}  # KL of each row of the pool when it was last drawn
         self.prefixes = [d for d in documents[n:] if len(d) < 120]
 
     def whitenings(self, modules: Sequence[str]) -> dict[str, Whitening]:
@@ -155,7 +158,9 @@ class Descent:
             logp_N = self._mean_logp([(p + e.prompt, e.target) for p, e in zip(prefixes[part], examples, strict=True)], w)
             contrast_N = logp_N
             if any(e.contrast for e in examples):
-                contrast_N = self._mean_logp([(p + e.prompt, e.contrast or e.target) for p, e in zip(prefixes[part], examples, strict=True)], w)
+                contrast_N = self._mean_logp(
+                    [(p + e.prompt, e.contrast or e.target) for p, e in zip(prefixes[part], examples, strict=True)], w
+                )
             loss = goal_losses(logp_N, contrast_N, examples).sum() / len(self.examples)
             _accumulate(loss, leaves)
             total += loss.item()
@@ -173,27 +178,18 @@ class Descent:
 
     def hold(self, weights: Callable[[], Weights], leaves: Sequence[Tensor], lam: float) -> float:
         """Adds the gradient of lam * KL on a draw of held text to the leaves; returns the KL per token."""
-        chosen = self._draw()
-        rows = [self.pool[i] for i in chosen]
+        rows = sorted(self.rng.sample(self.pool, k=min(len(self.pool), self.settings.hold)), key=lambda row: len(row[0]))
         tokens, total = sum(len(ids) - 1 for ids, _ in rows), 0.0
         for start in range(0, len(rows), self.settings.batch_size):
             batch = hosts.pad(self.host, rows[start : start + self.settings.batch_size])
             with torch.no_grad():
                 base_PV = hosts.predictions(self.host, batch)
-            kl_P = kl_each(base_PV, hosts.predictions(self.host, batch, weights()))
-            _accumulate(lam * kl_P.sum() / tokens, leaves)
-            total += kl_P.sum().item() / tokens
-            ends = torch.tensor([len(ids) - 1 for ids, _ in rows[start : start + self.settings.batch_size]]).tolist()
-            for i, part in zip(chosen[start : start + self.settings.batch_size], kl_P.detach().split(ends), strict=True):
-                self.hurt[i] = part.sum().item()
+            kl = kl_sum(base_PV, hosts.predictions(self.host, batch, weights())) / tokens
+            _accumulate(lam * kl, leaves)
+            total += kl.item()
         return total
 
-    def _draw(self) -> list[int]:
-        """Rows of the pool for one step: half at random, half those that were hurt most when last seen. Short ones first."""
-        half = self.settings.hold
-        worst = sorted(self.hurt, key=lambda i: -self.hurt[i])[:half]
-        return sorted({*worst, *self.rng.sample(range(len(self.pool)), k=min(len(self.pool), 2 * half - len(worst)))}, key=lambda i: len(self.pool[i][0]))
-
+    @torch.no_grad()
     def cost(self, weights: Weights) -> float:
         """95 % bound of the relative loss increase on the checked documents."""
         return hosts.increase(self.before_N2, hosts.score(self.host, self.checked, weights))[1]
@@ -213,8 +209,8 @@ class NovoGrad:
     model away from its text. Here the step keeps the direction of the gradient, which for a few examples has low rank.
     """
 
-    def __init__(self, leaves: Sequence[Tensor], betas: tuple[float, float] = (0.9, 0.95)) -> None:
-        self.leaves, (self.b1, self.b2) = list(leaves), betas
+    def __init__(self, leaves: Sequence[Tensor], rates: Sequence[float], betas: tuple[float, float] = (0.95, 0.95)) -> None:
+        self.leaves, self.rates, (self.b1, self.b2) = list(leaves), list(rates), betas
         self.m = [torch.zeros_like(leaf) for leaf in leaves]
         self.v = [torch.zeros((), device=leaf.device) for leaf in leaves]
         self.steps = 0
@@ -224,42 +220,68 @@ class NovoGrad:
         self.steps += 1
         for i, leaf in enumerate(self.leaves):
             g = leaf.grad
+            assert g is not None, "step() comes after the gradients"
             self.v[i].lerp_(g.square().sum(), 1 - self.b2)
             scale = (self.v[i] / (1 - self.b2**self.steps)).sqrt() + 1e-12
             self.m[i].mul_(self.b1).add_(g / scale, alpha=1 - self.b1)
-            leaf.sub_(self.m[i], alpha=rate)
+            leaf.sub_(self.m[i], alpha=rate * self.rates[i])
 
 
-def descend(descent: Descent, run: Run, leaves: Sequence[Tensor], weights: Callable[[], Weights]) -> float:
+def descend(
+    descent: Descent, run: Run, leaves: Sequence[Tensor], weights: Callable[[], Weights], rates: Sequence[float] | None = None
+) -> float:
     """Move `leaves` (float32, requiring gradients) to the best point inside the ball; returns the bound measured there.
 
-    `weights()` gives the substituted parameters as a function of the leaves; where the leaves begin, it gives the base's.
+    `weights()` gives the substituted parameters as a function of the leaves; where the leaves begin, it gives the base's. `rates` multiply
+    the step length of each leaf. What is judged and kept is the running mean of the leaves (Polyak & Juditsky 1992): single iterates
+    carry the noise of their batches, which costs budget and buys nothing.
     """
     settings, epsilon = descent.settings, run.budget.epsilon
-    optimizer = NovoGrad(leaves)
-    lam, best, best_cost = settings.lam, [leaf.detach().clone() for leaf in leaves], 0.0
+    optimizer = NovoGrad(leaves, rates or [1.0] * len(leaves))
+    origin, mean = _copies(leaves), _copies(leaves)
+    lam, best, best_loss, recent = settings.lam, origin, math.inf, 0.0
     for step in run.progress(range(settings.steps), "descending", settings.steps):
-        warm = min(1.0, (step + 1) / 5)
-        rate = settings.lr * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         for leaf in leaves:
             leaf.grad = None
-        loss = descent.task(weights, leaves)
-        kl = descent.hold(weights, leaves, lam)
-        optimizer.step(rate)
+        recent = 0.8 * recent + 0.2 * descent.task(weights, leaves) if step else descent.task(weights, leaves)
+        descent.hold(weights, leaves, lam)
+        warm = min(1.0, (step + 1) / 5)
+        optimizer.step(settings.lr * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
+        for average, leaf in zip(mean, leaves, strict=True):
+            average.lerp_(leaf.detach(), 1 - min(AVERAGE, (step + 1) / (step + 10)))
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == settings.steps:
-            with torch.no_grad():
-                cost = descent.cost(weights())
-            if DEBUG:
-                DEBUG(step, loss, kl, lam, cost, weights)
-            if cost <= epsilon:
-                best, best_cost = [leaf.detach().clone() for leaf in leaves], cost
-                lam = max(lam / 1.3, settings.lam / 10)
-            else:
-                lam = min(lam * 1.5, settings.lam * 1e4)
-    with torch.no_grad():
-        for leaf, value in zip(leaves, best, strict=True):
-            leaf.copy_(value)
-    return best_cost
+            current = _copies(leaves)
+            _put(leaves, mean)
+            inside = descent.cost(weights()) <= epsilon
+            _put(leaves, current)
+            lam = max(lam / 1.3, settings.lam / 10) if inside else min(lam * 1.5, settings.lam * 1e3)
+            if inside and recent < best_loss:
+                best, best_loss = [m.clone() for m in mean], recent
+            if inside and recent < CONTENT:
+                break
+    if recent < best_loss:  # the last point goes furthest towards the examples, and is outside: back to the edge
+        best = _edge(descent, leaves, weights, origin, mean, epsilon)
+    _put(leaves, best)
+    return descent.cost(weights())
 
 
-DEBUG = None
+def _edge(
+    descent: Descent, leaves: Sequence[Tensor], weights: Callable[[], Weights], origin: list[Tensor], end: list[Tensor], epsilon: float
+) -> list[Tensor]:
+    """The point furthest on the way from `origin` to `end` that is inside the ball, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(7):
+        s = (low + high) / 2
+        _put(leaves, [torch.lerp(a, b, s) for a, b in zip(origin, end, strict=True)])
+        low, high = (s, high) if descent.cost(weights()) <= epsilon else (low, s)
+    return [torch.lerp(a, b, low) for a, b in zip(origin, end, strict=True)]
+
+
+def _copies(leaves: Sequence[Tensor]) -> list[Tensor]:
+    return [leaf.detach().clone() for leaf in leaves]
+
+
+@torch.no_grad()
+def _put(leaves: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for leaf, value in zip(leaves, values, strict=True):
+        leaf.copy_(value)

@@ -15,19 +15,21 @@ from errata.hosts import Host, Weights, stored_transposed
 from errata.methods._descend import Descent, Settings, descend
 from errata.types import Add, Example, Method, Patch, Run, UnknownName
 
+EMBEDDING_RATE = 5.0  # the rows of the targets' tokens are few, and moving them costs other text little
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Method):
-    """modules: `all`, `blocks`, `mlp`, `attention`, or comma-separated beginnings of parameter names; the rest as in `_descend.Settings`."""
+    """modules: `all`, `blocks`, `mlp`, `attention`, or comma-separated beginnings of parameter names. The rest: `_descend.Settings`."""
 
-    modules: str = "blocks"
-    steps: int = 100
-    lr: float = 3e-4
-    lam: float = 30.0
+    modules: str = "all"
+    steps: int = 80
+    lr: float = 0.07
+    lam: float = 100.0
     contexts: int = 1
     neighbours: int = 8
-    hold: int = 64
+    hold: int = 96
     damping: float | None = 0.1
     batch_size: int = 64
 
@@ -38,6 +40,7 @@ class Finetune(Method):
         shifts = {n: torch.zeros_like(w, dtype=torch.float32, requires_grad=True) for n, w in base.items()}
         projections = {f"{m}.weight": m for m in host.projections() if f"{m}.weight" in base}
         whitenings = descent.whitenings(list(projections.values()))
+        embeddings = {f"{host.layout.embedding}.weight", f"{host.layout.head}.weight"}
 
         def change(name: str) -> Tensor:
             if not (whiten := whitenings.get(projections.get(name, ""))):
@@ -48,7 +51,7 @@ class Finetune(Method):
         def weights() -> Weights:
             return {n: (w.float() + change(n)).to(w.dtype) for n, w in base.items()}
 
-        descend(descent, run, list(shifts.values()), weights)
+        descend(descent, run, list(shifts.values()), weights, [EMBEDDING_RATE if n in embeddings else 1.0 for n in names])
         with torch.no_grad():
             ops = tuple(Add(weight=n, delta=change(n).detach().cpu().clone()) for n in names)
         return Patch(method="finetune", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)
