@@ -18,13 +18,13 @@ RUN = Run(hold=tuple(t for t in TEXT for _ in range(2)), budget=Budget(epsilon=0
 
 
 def test_goal_losses_are_the_formulas() -> None:
-    p, c = torch.tensor([math.log(0.3)]), torch.tensor([math.log(0.6)])
+    p, c, n = torch.tensor([math.log(0.3)]), torch.tensor([math.log(0.6)]), torch.tensor([2.0])
 
     def loss(goal: str) -> float:
         contrast = " b" if goal in ("prefer", "balance") else None
-        return _descend.goal_losses(p, c, [Example(prompt="x", target=" a", contrast=contrast, goal=goal)]).item()
+        return _descend.goal_losses(p, c, n, [Example(prompt="x", target=" a", contrast=contrast, goal=goal)]).item()
 
-    assert loss("raise") == pytest.approx(-math.log(0.3))
+    assert loss("raise") == pytest.approx(-math.log(0.3) / 2)
     assert loss("lower") == pytest.approx(-math.log(0.7))
     assert loss("prefer") == pytest.approx(math.log1p(math.exp(math.log(16) + math.log(2))))
     assert loss("balance") == pytest.approx(math.log(2))
@@ -32,7 +32,7 @@ def test_goal_losses_are_the_formulas() -> None:
 
 def test_lower_stays_finite_at_certainty() -> None:
     p = torch.zeros(1, requires_grad=True)
-    loss = _descend.goal_losses(p, p, [Example(prompt="x", target=" a", goal="lower")])
+    loss = _descend.goal_losses(p, p, torch.ones(1), [Example(prompt="x", target=" a", goal="lower")])
     loss.sum().backward()
     assert math.isfinite(loss.item()) and math.isfinite(p.grad.item())
 

@@ -99,7 +99,7 @@ def test_the_norm_counts(tiny_gpt2: Host) -> None:
     patch = shove(tiny_gpt2, 0.1)
     verdict = gate.judge(tiny_gpt2, patch, Budget(epsilon=1e9, norm=1e-3, fixed=0.0), gate.baseline(tiny_gpt2, TEXT))
     weight = tiny_gpt2.model.get_parameter(patch.ops[0].weight)
-    assert verdict.norm == pytest.approx(float(patch.ops[0].delta.norm() / weight.norm()), rel=1e-5)
+    assert verdict.norm == pytest.approx(float(patch.ops[0].delta.norm() / weight.detach().norm()), rel=1e-5)
     assert not verdict.passed and "relative norm" in verdict.failures[0]
 
 

@@ -244,5 +244,5 @@ def test_the_gate_rules_on_it(row: Row, tiny_gpt2: Host) -> None:
 
 @rows
 def test_a_prompt_longer_than_the_context_is_refused(row: Row, tiny_gpt2: Host) -> None:
-    with pytest.raises(InvalidExample, match="reads at most 128"):
+    with pytest.raises(InvalidExample, match="128"):
         row.make().edit(tiny_gpt2, (Example(prompt="The capital of Mauritius " * 40, target=" Rome"),), RUN)

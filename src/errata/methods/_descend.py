@@ -62,19 +62,23 @@ class Settings:
     batch_size: int
 
 
-def goal_losses(logp_N: Float[Tensor, "N"], contrast_N: Float[Tensor, "N"], examples: Sequence[Example]) -> Float[Tensor, "N"]:
-    """(N,) what is minimised for each example, from mean log-probabilities per token of target and contrast.
+def goal_losses(
+    logp_N: Float[Tensor, "N"], contrast_N: Float[Tensor, "N"], tokens_N: Float[Tensor, "N"], examples: Sequence[Example]
+) -> Float[Tensor, "N"]:
+    """(N,) what is minimised for each example, from log p of the whole target and contrast, and how many tokens the target has.
 
-    raise: -log p. lower: -log(1 - p). prefer: softplus(margin - (log p - log p_contrast)). balance: |log p - log p_contrast|.
-    Unlike the published losses, `lower` and `prefer` are bounded below, so that the descent stops pushing when the goal is reached.
+    raise: -log p per token. lower: -log(1 - p). prefer: softplus(margin - (log p - log p_contrast)). balance: |log p - log p_contrast|.
+    Unlike the published losses, `lower` and `prefer` are bounded below, so that the descent stops pushing when the goal is reached, and the
+    two that compare do so for whole answers, as they are judged: per token, an answer of two tokens would weigh half of one of one.
     """
-    by_goal: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "raise": lambda p, c: -p,
-        "lower": lambda p, c: -torch.log1p(-p.exp().clamp(max=1 - 1e-6)),
-        "prefer": lambda p, c: nn.functional.softplus(MARGIN - (p - c)),
-        "balance": lambda p, c: (p - c).abs(),
+    by_goal: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "raise": lambda p, c, n: -p / n,
+        "lower": lambda p, c, n: -torch.log1p(-p.exp().clamp(max=1 - 1e-6)),
+        "prefer": lambda p, c, n: nn.functional.softplus(MARGIN - (p - c)),
+        "balance": lambda p, c, n: (p - c).abs(),
     }
-    loss_N: Tensor = torch.stack([by_goal[e.goal](p, c) for e, p, c in zip(examples, logp_N, contrast_N, strict=True)])
+    rows = zip(examples, logp_N, contrast_N, tokens_N, strict=True)
+    loss_N: Tensor = torch.stack([by_goal[e.goal](p, c, n) for e, p, c, n in rows])
     return loss_N
 
 
@@ -96,7 +100,8 @@ class Whitening:
         self.f_E = (s[:EIGENVECTORS] / mu + 1).rsqrt() - 1
 
     def __call__(self, x: Float[Tensor, "M K"]) -> Float[Tensor, "M K"]:
-        return x + ((x @ self.U_KE) * self.f_E) @ self.U_KE.T
+        white: Tensor = x + ((x @ self.U_KE) * self.f_E) @ self.U_KE.T
+        return white
 
 
 def beginnings(host: Host, prompt: str, about: str) -> list[str]:
@@ -155,13 +160,12 @@ class Descent:
         for start in range(0, len(self.examples), self.settings.batch_size):
             part = slice(start, start + self.settings.batch_size)
             examples, w = self.examples[part], weights()
-            logp_N = self._mean_logp([(p + e.prompt, e.target) for p, e in zip(prefixes[part], examples, strict=True)], w)
+            pairs = [(prefix + e.prompt, e) for prefix, e in zip(prefixes[part], examples, strict=True)]
+            logp_N, tokens_N = self._logp([(prompt, e.target) for prompt, e in pairs], w)
             contrast_N = logp_N
             if any(e.contrast for e in examples):
-                contrast_N = self._mean_logp(
-                    [(p + e.prompt, e.contrast or e.target) for p, e in zip(prefixes[part], examples, strict=True)], w
-                )
-            loss = goal_losses(logp_N, contrast_N, examples).sum() / len(self.examples)
+                contrast_N, _ = self._logp([(prompt, e.contrast or e.target) for prompt, e in pairs], w)
+            loss = goal_losses(logp_N, contrast_N, tokens_N, examples).sum() / len(self.examples)
             _accumulate(loss, leaves)
             total += loss.item()
         return total
@@ -171,10 +175,10 @@ class Descent:
         count = self.rng.randint(0, self.settings.contexts) if self.prefixes else 0
         return "".join(f"{self.rng.choice(self.prefixes)} " for _ in range(count))
 
-    def _mean_logp(self, pairs: Sequence[tuple[str, str]], weights: Weights) -> Float[Tensor, "N"]:
+    def _logp(self, pairs: Sequence[tuple[str, str]], weights: Weights) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
+        """(N,) log p(target | prompt) summed over the target's tokens, and how many they are."""
         batch = hosts.pad(self.host, [hosts.encode(self.host, prompt, target) for prompt, target in pairs])
-        logp_NT = hosts.scored_logprobs(self.host, batch, weights)
-        return logp_NT.sum(1) / batch.scored_NT.sum(1)
+        return hosts.scored_logprobs(self.host, batch, weights).sum(1), batch.scored_NT.sum(1)
 
     def hold(self, weights: Callable[[], Weights], leaves: Sequence[Tensor], lam: float) -> float:
         """Adds the gradient of lam * KL on a draw of held text to the leaves; returns the KL per token."""
