@@ -41,7 +41,7 @@ def run(
     out: Path,
     method: str = "finetune",
     epsilons: Sequence[float] = (1e-3, 1e-4, 1e-5),
-    n: int = 40,
+    n: int = 20,
     device: str | None = None,
     console: Console | None = None,
     progress: Progress = no_progress,

@@ -82,7 +82,7 @@ def judge(host: Host, patch: Patch, budget: Budget, base: Baseline, scale: float
     )
 
 
-def fit(host: Host, patch: Patch, budget: Budget, base: Baseline, rounds: int = 8) -> tuple[Patch, Verdict]:
+def fit(host: Host, patch: Patch, budget: Budget, base: Baseline, rounds: int = 6) -> tuple[Patch, Verdict]:
     """`patch` as it is if it costs no more than the budget allows, else base + s * change with the largest s found by bisection.
 
     The verdict that comes back may still have failed: a scaled patch that no longer fixes its examples is not a fix. Raises WrongBase.

@@ -99,7 +99,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for patch and report.")] = Path("errata-demo"),
     method: Annotated[str, typer.Option(help="See 'errata methods'.")] = "finetune",
     epsilon: Annotated[list[float], typer.Option(help="A budget; give it several times.")] = [1e-3, 1e-4, 1e-5],  # noqa: B006
-    n: Annotated[int, typer.Option("--n", min=1, help="How many examples.")] = 40,
+    n: Annotated[int, typer.Option("--n", min=1, help="How many examples.")] = 20,
     device: Device = None,
     json: Json = False,
 ) -> None:

@@ -148,4 +148,4 @@ def hold() -> tuple[str, ...]:
 
 def reference() -> tuple[str, ...]:
     """The lab's reference text for the gate, told from the whole world."""
-    return some(SEEDS["reference"], 1500)
+    return some(SEEDS["reference"], 1000)

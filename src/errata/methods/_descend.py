@@ -43,7 +43,8 @@ CHECKED = 600  # documents that it is measured on, never among those whose KL is
 class Settings:
     """Hyper-parameters of the descent; each method carries them as its own fields.
 
-    steps       at most; `lr` is the length of the first, in the norm of each weight's change, and falls to zero as a cosine
+    steps       at most
+    lr          length of the first step for one example, in the norm of each weight's change; sqrt(n) times that for n; falls as a cosine
     lam         first value of the multiplier
     contexts    up to so many documents of other matters stand before a prompt while it is learnt
     neighbours  how many continuations of each example's beginnings are drawn from the model
@@ -244,13 +245,14 @@ def descend(
     optimizer = NovoGrad(leaves, rates or [1.0] * len(leaves))
     origin, mean = _copies(leaves), _copies(leaves)
     lam, best, best_loss, recent = settings.lam, origin, math.inf, 0.0
+    first = settings.lr * math.sqrt(len(descent.examples))  # each example needs a direction of its own
     for step in run.progress(range(settings.steps), "descending", settings.steps):
         for leaf in leaves:
             leaf.grad = None
         recent = 0.8 * recent + 0.2 * descent.task(weights, leaves) if step else descent.task(weights, leaves)
         descent.hold(weights, leaves, lam)
         warm = min(1.0, (step + 1) / 5)
-        optimizer.step(settings.lr * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
+        optimizer.step(first * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
         for average, leaf in zip(mean, leaves, strict=True):
             average.lerp_(leaf.detach(), 1 - min(AVERAGE, (step + 1) / (step + 10)))
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == settings.steps:

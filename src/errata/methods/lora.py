@@ -28,12 +28,12 @@ class Lora(Method):
     rank: int = 16
     fraction: float = 0.5
     scale: float = 2.0
-    steps: int = 80
-    lr: float = 0.1
+    steps: int = 40
+    lr: float = 0.06
     lam: float = 30.0
     contexts: int = 1
     neighbours: int = 8
-    hold: int = 96
+    hold: int = 32
     damping: float | None = 0.1
     batch_size: int = 64
 
