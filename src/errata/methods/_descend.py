@@ -35,7 +35,7 @@ KEYS, EIGENVECTORS = 4096, 256  # how many tokens C is estimated from, and how m
 AVERAGE = 0.95  # decay of the running mean of the leaves
 CONTENT = 0.02  # mean loss of the examples at which a point inside the ball is good enough
 CHECK_EVERY = 10  # steps between two measurements of the constraint
-CHECKED = 600  # documents that it is measured on, never among those whose KL is minimised
+CHECKED = 400  # documents that it is measured on, never among those whose KL is minimised
 
 
 @final

@@ -24,8 +24,8 @@ class Finetune(Method):
     """modules: `all`, `blocks`, `mlp`, `attention`, or comma-separated beginnings of parameter names. The rest: `_descend.Settings`."""
 
     modules: str = "all"
-    steps: int = 60
-    lr: float = 0.018
+    steps: int = 45
+    lr: float = 0.022
     lam: float = 100.0
     contexts: int = 1
     neighbours: int = 8
