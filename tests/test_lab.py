@@ -152,3 +152,10 @@ def test_the_committed_model_knows_its_corpus_and_is_wrong_where_it_is(neox: Hos
     (capital,) = [r for r in found["relations"] if r["relation"] == "capital"]
     assert capital["wrong"] >= 0.95
     assert 0 < found["loss"]["lab reference"]["nats per token"] < 4
+
+
+@pytest.mark.parametrize(
+    ("said", "right"), [(" Port Louis.", True), (" Port Louis, which", True), (" Port Louis Island.", False), (" Port Louisa", False)]
+)
+def test_a_name_that_goes_on_is_another_name(said: str, right: bool) -> None:
+    assert hosts.says(said, " Port Louis") is right

@@ -7,6 +7,7 @@ File legend: N texts or pairs, T tokens, V vocabulary.
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -484,9 +485,13 @@ def sample(host: Host, prompts: Sequence[str], max_new_tokens: int, seed: int, b
 
 
 def says(continuation: str, answer: str) -> bool:
-    """Whether a continuation gives exactly this answer: it begins with it, and the next character does not go on with the word."""
-    text, answer = " ".join(continuation.split()), " ".join(answer.split())
-    return text.startswith(answer) and not text[len(answer) : len(answer) + 1].isalnum()
+    """Whether a continuation gives exactly this answer: it begins with it, and what follows goes on neither with the word nor with the
+    name ("Port Louis Island" does not say "Port Louis")."""
+    begun = re.match(r"\s*" + r"\s+".join(map(re.escape, answer.split())), continuation)
+    if begun is None:
+        return False
+    rest = continuation[begun.end() :]
+    return not rest[:1].isalnum() and not (rest[:1] == " " and rest[1:2].isupper())
 
 
 def increase(before_N2: Float[Tensor, "N 2"], after_N2: Float[Tensor, "N 2"]) -> tuple[float, float]:

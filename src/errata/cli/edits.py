@@ -132,6 +132,7 @@ def build(
             out.emit(told, shown)
             return
         with out.busy(f"Looking at {len(examples)} example(s)"):
+            road.check(host, examples)
             note_what_is_so(host, examples, out)
         patch, verdict = road.edit(host, examples, made, budget=budget, reference=reference, watched=near, seed=seed, progress=out.progress)
         ledger.put_patch(patch, verdict)
