@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from errata import apply, artefact, build, evaluate, hosts, report, text
@@ -22,6 +23,7 @@ from errata.report import Entry, Report
 from errata.types import Case, InvalidPatch, Patch, Progress, Verdict, no_progress
 
 SHOWN = 6  # rows of the tables in the terminal
+STEPS = 45  # fewer than the default, so that three budgets take minutes
 # What the fresh process does: it knows the name of the model and the file.
 FRESH = """
 import json, sys
@@ -64,7 +66,7 @@ def run(
     entries = []
     for epsilon in epsilons:
         start = time.perf_counter()
-        patch, verdict = build.edit(host, examples, method, epsilon=epsilon, progress=progress)
+        patch, verdict = build.edit(host, examples, method, epsilon=epsilon, progress=progress, steps=STEPS)
         seconds = time.perf_counter() - start
         artefact.save(patch, out / f"{method}-{epsilon:.0e}.safetensors")
         scores = evaluate.evaluate(host, patch, before)
@@ -84,7 +86,7 @@ def run(
         raise InvalidPatch(f"The weights did not come back: {proof}.")
     here = _taken_back(host, artefact.load_patch(path))
     for name in ("before", "during", "after"):
-        console.print(f"   {name:7} {proof['prompt']}[bold]{proof[name].split('.')[0]}[/bold].")
+        console.print(f"   {name:7} {escape(proof['prompt'])}[bold]{escape(proof[name].split('.')[0])}[/bold].")
     console.print(
         f"   weights  base {proof['base']}, with the patch {proof['edited']}, afterwards {proof['restored']}: the base's, bit for bit."
     )
@@ -175,7 +177,7 @@ def _mistakes(cases: Sequence[Case], before: evaluate.Baseline) -> Table:
     table = Table("prompt", "says", "should say", box=None, padding=(0, 3, 0, 0))
     for case in cases[:SHOWN]:
         said = before.replies.said[case.example.prompt].split(".")[0]
-        table.add_row(f"   {case.example.prompt}", f"[red]{said}[/red]", case.example.target)
+        table.add_row(f"   {escape(case.example.prompt)}", f"[red]{escape(said)}[/red]", escape(case.example.target))
     return table
 
 
@@ -200,7 +202,6 @@ def _before_after(entry: Entry) -> Table:
     unseen = [a for a in entry.scores.answers if a.measure in ("paraphrases", "paragraphs")]
     for answer in unseen[:: max(1, len(unseen) // SHOWN)][:SHOWN]:
         mark = "[green]right[/green]" if answer.ok else "[red]wrong[/red]"
-        table.add_row(
-            f"   {report.cut(answer.prompt, 76)}", answer.before.split(".")[0], f"[bold]{answer.after.split('.')[0]}[/bold]", mark
-        )
+        was, now = escape(answer.before.split(".")[0]), escape(answer.after.split(".")[0])
+        table.add_row(f"   {escape(report.cut(answer.prompt, 76))}", was, f"[bold]{now}[/bold]", mark)
     return table

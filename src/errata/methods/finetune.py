@@ -24,12 +24,12 @@ class Finetune(Method):
     """modules: `all`, `blocks`, `mlp`, `attention`, or comma-separated beginnings of parameter names. The rest: `_descend.Settings`."""
 
     modules: str = "all"
-    steps: int = 45
-    lr: float = 0.022
+    steps: int = 80
+    lr: float = 0.016
     lam: float = 100.0
     contexts: int = 1
     neighbours: int = 8
-    hold: int = 64
+    hold: int = 96
     damping: float | None = 0.1
     batch_size: int = 64
 
