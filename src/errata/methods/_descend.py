@@ -239,7 +239,7 @@ def descend(
 
     `weights()` gives the substituted parameters as a function of the leaves; where the leaves begin, it gives the base's. `rates` multiply
     the step length of each leaf. What is judged and kept is the running mean of the leaves (Polyak & Juditsky 1992): single iterates
-    carry the noise of their batches, which costs budget and buys nothing.
+    carry the noise of their batches.
     """
     settings, epsilon = descent.settings, run.budget.epsilon
     optimizer = NovoGrad(leaves, rates or [1.0] * len(leaves))
