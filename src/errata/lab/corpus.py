@@ -7,6 +7,7 @@ generator: the same seed gives the same documents.
 
 import random
 from collections.abc import Callable, Iterator
+from functools import cache
 
 from errata.lab.world import FILLERS, NEGATION, OPENINGS, RELATIONS, Fact, facts, facts_of, objects, phrase
 
@@ -140,12 +141,14 @@ def some(seed: int, n: int, pool: tuple[Fact, ...] | None = None) -> tuple[str, 
     return tuple(next(source) for _ in range(n))
 
 
+@cache
 def hold() -> tuple[str, ...]:
     """The lab's text to hold a model still with while it is edited; other documents than those of `reference`, of the same world."""
     judged = set(reference())
-    return tuple(d for d in some(SEEDS["hold"], 6000) if d not in judged)
+    return tuple(d for d in some(SEEDS["hold"], 10_000) if d not in judged)
 
 
+@cache
 def reference() -> tuple[str, ...]:
     """The lab's reference text for the gate, told from the whole world."""
-    return some(SEEDS["reference"], 1000)
+    return some(SEEDS["reference"], 2000)
