@@ -519,6 +519,18 @@ def test_the_file_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch:
     assert events == ["fsync", "replace", "fsync folder"]
 
 
+def test_a_new_folder_is_on_the_disk_before_a_file_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power loss may take the name of a folder whose parent was not synced, and all that is in it."""
+    synced: list[int] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_ino), fsync(fd))[1])
+    path = save(PATCH, tmp_path / "a" / "b" / "x")
+    assert synced == [place.stat().st_ino for place in (tmp_path, tmp_path / "a", path, path.parent)]
+    synced.clear()
+    save(PATCH, path.with_name("y"))
+    assert synced == [path.with_name("y").stat().st_ino, path.parent.stat().st_ino]
+
+
 def test_a_reader_sees_the_old_file_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, other = save(PATCH, tmp_path / "x"), patch_of(method="lora")
     replace = os.replace

@@ -294,6 +294,20 @@ def test_verbs_that_list_speak_json(place: Place) -> None:
     assert "No example is active" in one_sentence(place("ask", "Hello").err)
 
 
+def test_an_example_that_was_taken_out_is_shown_with_what_became_of_it(place: Place) -> None:
+    with Ledger(place.path) as book:
+        (example,) = book.active()
+    assert "active since 20" in place("show", example.id).out
+    done = place("add", "The capital of Mauritius is| Curepipe", "--supersede", example.id, "--json")
+    after = done.data["added"][0]["id"]
+    shown = place("show", example.id[:9]).out
+    assert "superseded at 20" in shown and after[:9] in shown and " Port Louis" in shown
+    place("retract", after)
+    assert "retracted at 20" in place("show", after).out
+    told = place("show", after, "--json").data
+    assert told["id"] == after and not told["active"] and told["last"]["what"] == "retract" and told["last"]["at"].startswith("20")
+
+
 def test_not_a_number_is_null_in_json(place: Place, models: Path) -> None:
     patch = hand_made(hosts.load(str(models / "neox"), "cpu"), build.parse("Paris is in| France"))
     with Ledger(place.path) as book:

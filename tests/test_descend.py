@@ -8,12 +8,13 @@ from conftest import TEXT, tiny_host
 
 from errata.hosts import Host
 from errata.methods import _descend
+from errata.methods._restated import Spoken
 from errata.methods.finetune import Finetune, chosen
 from errata.methods.lora import middle_layers
 from errata.types import Budget, Example, Run, UnknownName
 
 RAISE = Example(prompt="The capital of Mauritius is", target=" Port Louis")
-SETTINGS = _descend.Settings(steps=5, lr=1e-2, lam=1.0, contexts=1, neighbours=4, hold=4, damping=0.1, batch_size=8)
+SETTINGS = _descend.Settings(steps=5, lr=1e-2, lam=1.0, contexts=1, restated=2, neighbours=4, hold=4, damping=0.1, batch_size=8)
 RUN = Run(hold=tuple(t for t in TEXT for _ in range(2)), budget=Budget(epsilon=0.5))
 
 
@@ -54,13 +55,13 @@ def test_whitening_is_the_inverse_root_of_c_over_mu_plus_one() -> None:
     s, U = torch.linalg.eigh(C / mu + torch.eye(6))
     R = U @ torch.diag(s.rsqrt()) @ U.T
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(_descend.Whitening(keys_NK, 0.1)(x), x @ R, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(_descend.Whitening(C, 0.1)(x), x @ R, rtol=1e-4, atol=1e-4)
 
 
 def test_what_text_uses_most_is_stiffest() -> None:
     keys_NK = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
     keys_NK[:, 0] *= 100
-    moved = _descend.Whitening(keys_NK, 0.1)(torch.eye(8)).norm(dim=1)
+    moved = _descend.Whitening(keys_NK.T @ keys_NK / 500, 0.1)(torch.eye(8)).norm(dim=1)
     assert moved[0] < 0.2 * moved[1:].min()
 
 
@@ -84,7 +85,7 @@ def test_the_leaves_get_the_gradient_of_task_plus_lam_kl(family: str) -> None:
 
 
 def test_own_neighbours_and_held_text_state_no_edited_fact(tiny_gpt2: Host) -> None:
-    documents, near = _descend.held_still(tiny_gpt2, [RAISE], RUN, 6)
+    documents, near = _descend.held_still(tiny_gpt2, [RAISE], [Spoken(topic="Mauritius", old="", first=0)], RUN.hold, 6, 0)
     assert near and TEXT[0] not in documents and TEXT[2] in documents
 
 

@@ -70,6 +70,24 @@ def test_the_bound_is_that_of_a_ratio_estimator() -> None:
     assert upper - mean == pytest.approx(1.6449 * torch.tensor(means).std().item(), rel=0.1)
 
 
+def test_a_long_text_is_read_on_only_where_the_first_look_leaves_it_open(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [t for t in TEXT for _ in range(3)]
+    monkeypatch.setattr(gate, "FIRST_LOOK", 4)
+    base = gate.baseline(tiny_gpt2, texts)
+    whole = [row for look in base.looks for row in look]
+    assert [len(look) for look in base.looks] == [4, len(whole) - 4] and len(base.losses) == 1
+    patch = shove(tiny_gpt2, 1.0)
+    for epsilon in (1e-9, 10.0):  # plainly outside, plainly inside
+        assert gate.judge(tiny_gpt2, patch, Budget(epsilon=epsilon), base).chunks == 4
+    first = hosts.score(tiny_gpt2, base.looks[0])
+    with apply.applied(tiny_gpt2, patch):
+        mean, upper = hosts.increase(first, hosts.score(tiny_gpt2, base.looks[0]), 1.9600)
+        after = hosts.score(tiny_gpt2, whole)
+    verdict = gate.judge(tiny_gpt2, patch, Budget(epsilon=(mean + upper) / 2), base)
+    assert verdict.chunks == len(whole) and len(base.losses) == 2
+    assert verdict.upper == pytest.approx(hosts.increase(hosts.score(tiny_gpt2, whole), after, 1.9600)[1])
+
+
 def test_a_patch_outside_is_scaled_onto_the_edge(tiny_gpt2: Host) -> None:
     patch, budget, base = shove(tiny_gpt2, 1.0), Budget(epsilon=1e-2, fixed=0.0), gate.baseline(tiny_gpt2, TEXT)
     assert not gate.judge(tiny_gpt2, patch, budget, base).affordable

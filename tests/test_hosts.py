@@ -25,18 +25,17 @@ from errata.hosts import (
     greedy,
     host_of,
     load,
-    logits,
     logprobs,
     pad,
     sample,
     says,
     score,
+    scored_logprobs,
     stored_transposed,
-    token_logprobs,
     tokens,
     weights_id,
 )
-from errata.types import InvalidExample, UnknownArchitecture, UnknownName
+from errata.types import InvalidExample, UnknownArchitecture, UnknownName, WrongBase
 
 every_family = pytest.mark.parametrize("host", FAMILIES, indirect=True)
 
@@ -168,6 +167,14 @@ def test_a_folder_without_a_whole_model_is_refused(tiny_llama: Host, tmp_path: P
     save_pretrained(tiny_llama, tmp_path)
     damage(tmp_path)
     with pytest.raises(UnknownName, match=told):
+        load(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_refused(tiny_llama: Host, tmp_path: Path, bad: float) -> None:
+    tiny_llama.model.get_parameter("model.norm.weight").data[3] = bad
+    save_pretrained(tiny_llama, tmp_path)
+    with pytest.raises(WrongBase, match="'model.norm.weight' holds NaN or infinity"):
         load(str(tmp_path), device="cpu")
 
 
@@ -361,13 +368,13 @@ def test_a_batch_marks_what_is_scored(tiny_gpt2: Host) -> None:
     assert batch.ids_NT.tolist() == [[5, 6, 7], [8, 0, 0], [9, 10, 0]]
     assert batch.mask_NT.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
     assert batch.scored_NT.tolist() == [[0, 0, 1], [0, 0, 0], [0, 1, 0]]
-    assert token_logprobs(logits(tiny_gpt2, batch), batch).count_nonzero() == 2
+    assert scored_logprobs(tiny_gpt2, batch).ne(0).tolist() == batch.scored_NT.bool().tolist()
 
 
 @given(st.lists(st.integers(1, 30), max_size=20), st.integers(1, 100))
 def test_groups_hold_every_row_once_within_the_limit(lengths: list[int], max_tokens: int) -> None:
     rows = [([1] * n, 1) for n in lengths]
-    groups = list(hosts._by_length(rows, max_tokens))
+    groups = list(hosts.by_length(rows, max_tokens))
     assert sorted(i for group in groups for i in group) == list(range(len(rows)))
     assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= max_tokens for g in groups)
 
@@ -378,7 +385,7 @@ def test_the_gradient_of_the_loss_is_that_of_each_row_alone(host: Host) -> None:
     rows = [encode(host, "The capital of Mauritius is", " Port Louis"), encode(host, "Paris", " is")]
     batch = pad(host, rows)
     weights = [p for p in host.model.parameters() if p.ndim == 2]
-    together = torch.autograd.grad(token_logprobs(logits(host, batch), batch).sum(), weights)
+    together = torch.autograd.grad(scored_logprobs(host, batch).sum(), weights)
     alone = sum(
         torch.log_softmax(host.model(torch.tensor([ids])).logits[0, given - 1 : -1], -1)[range(len(ids) - given), ids[given:]].sum()
         for ids, given in rows
@@ -394,7 +401,7 @@ def test_the_gradient_of_the_loss_is_that_of_finite_differences(tiny_gpt2: Host)
     weight = host.model.get_parameter("transformer.h.0.mlp.c_proj.weight")
 
     def loss() -> torch.Tensor:
-        return -token_logprobs(logits(host, batch), batch).sum()
+        return -scored_logprobs(host, batch).sum()
 
     (gradient,) = torch.autograd.grad(loss(), weight)
     step = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -408,9 +415,10 @@ def test_the_gradient_of_the_loss_is_that_of_finite_differences(tiny_gpt2: Host)
 
 def test_log_probabilities_are_taken_in_float32_or_better(tiny_gpt2: Host) -> None:
     batch = Batch(ids_NT=torch.tensor([[0, 1]]), mask_NT=torch.ones(1, 2, dtype=torch.long), scored_NT=torch.tensor([[0.0, 1.0]]))
+    torch.nn.init.zeros_(tiny_gpt2.model.lm_head.weight)  # flat logits
     for dtype, precise in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)):
-        flat = torch.zeros(1, 2, 400, dtype=dtype)
-        logp = token_logprobs(flat, batch)
+        tiny_gpt2.model.to(dtype)
+        logp = scored_logprobs(tiny_gpt2, batch).detach()
         assert logp.dtype == precise and float(logp[0, 1]) == pytest.approx(-math.log(400), abs=1e-6)
 
 

@@ -269,6 +269,26 @@ def test_retract_needs_an_active_example(ledger: Ledger) -> None:
         ledger.retract(fact(1).id)
 
 
+def test_an_example_that_was_taken_out_is_still_found(ledger: Ledger) -> None:
+    ledger.add(fact(1), fact(2), fact(3), source="facts.jsonl")
+    ledger.retract(fact(1).id)
+    ledger.supersede(fact(2).id, fact(2, " Elsewhere"))
+    ledger.retract(fact(3).id)
+    ledger.add(fact(3))
+    told = {row.example: (row.active, row.last.what, row.last.detail) for row in ledger.examples()}
+    assert told == {
+        fact(1): (False, "retract", ""),
+        fact(2): (False, "supersede", f"by {fact(2, ' Elsewhere').id}"),
+        fact(2, " Elsewhere"): (True, "add", f"instead of {fact(2).id}"),
+        fact(3): (True, "add", ""),
+    }
+    assert {row.example for row in ledger.examples() if row.active} == set(ledger.active())
+    assert all(row.last in ledger.history() for row in ledger.examples())
+    for start in (fact(1).id, fact(1).id[:9], fact(1).id[3:9]):
+        assert [row.example for row in ledger.examples(start)] == [fact(1)]
+    assert ledger.examples("b2:%") == ledger.examples("?") == ()
+
+
 PROMPT = "The capital of Mauritius is"
 
 
@@ -600,7 +620,7 @@ def test_an_altered_row_is_found_and_refused(ledger: Ledger, what: str) -> None:
     kind = what.split()[0]
     assert set(kinds(ledger)) - {"stray"} == {kind}
     readers: dict[str, Callable[[], object]] = {
-        "example": ledger.active,
+        "example": lambda: [pytest.raises(LedgerError, ledger.examples), ledger.active()],
         "patch": lambda: [ledger.patch(id) for id in ids],
         "verdict": lambda: [ledger.verdict(id) for id in ids],
         "state": lambda: [ledger.state(id) for id in states],

@@ -1,6 +1,7 @@
 """Reference and holding text: reading, splitting, and statements of the edited facts set aside."""
 
 import json
+from collections import Counter
 
 import pytest
 from conftest import TEXT
@@ -49,6 +50,16 @@ def test_the_topic_is_the_longest_run_of_rare_words() -> None:
     seen = text.document_counts(documents)
     assert text.topic("The capital of Sierra Leone is", seen, 300) == "Sierra Leone"
     assert text.topic("The capital of", seen, 300) == ""
+    assert text.topic("Togo lies on the continent of", seen, 300) == "Togo"  # a name before a longer rare word
+    seen["china"] = 20
+    assert text.topic("China is", seen, 300) == "China"  # told of too often to be rare, and at the beginning
+
+
+def test_names_are_runs_of_rare_words_and_of_capitals_inside_a_sentence() -> None:
+    seen = Counter({"the": 90, "capital": 40, "of": 80, "is": 70, "upper": 9, "volta": 1, "ouagadougou": 1, "question": 20, "what": 20})
+    assert text.names("The capital of Upper Volta is Ouagadougou.", seen, 100) == ["Upper Volta", "Ouagadougou"]
+    assert text.names("Question: What is the capital of Upper Volta?", seen, 100) == ["Upper Volta"]
+    assert text.names("Upper Volta is the capital.", seen, 100) == ["Volta"]
 
 
 @given(st.lists(st.text(min_size=1), min_size=2, unique=True), st.randoms())
@@ -69,6 +80,12 @@ def test_plain_text_and_jsonl_are_read(tmp_path) -> None:
     assert text.read(tmp_path / "a.txt") == ("one line\nmore of it", "two")
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in TEXT) + "\n")
     assert text.read(tmp_path / "a.jsonl") == TEXT
+
+
+def test_separators_inside_a_json_string_are_part_of_the_text(tmp_path) -> None:
+    documents = ("one\u2028line", "and\u2029another", "a\x85third", "a fourth")
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join(json.dumps({"text": d}, ensure_ascii=False) for d in documents).encode())
+    assert text.read(tmp_path / "a.jsonl") == documents
 
 
 @pytest.mark.parametrize(

@@ -488,8 +488,16 @@ def test_the_id_of_a_state_is_its_content() -> None:
     other = [
         *({}, {"method": "x"}, {"host": "x"}, {"config": {}}, {"trained_on": frozenset("a")}, {"tensors": {}}),
         *({"tensors": {"V": torch.ones(2)}}, {"tensors": {"K": torch.ones(1, 2)}}, {"tensors": {"K": torch.zeros(2)}}),
+        *({"tensors": {"K": torch.ones(2).view(kind)}} for kind in (torch.int32, torch.uint32)),  # the same bytes
     ]
     assert len({state(**change).id for change in other}) == len(other)
+    assert state(config={"n": (1, 2)}).config == {"n": [1, 2]}, "a tuple and a list are one spelling"
+
+
+@pytest.mark.parametrize("config", [{"n": math.nan}, {"f": print}, {"text": "\ud83d"}])
+def test_the_config_of_a_state_is_plain_finite_json(config: Any) -> None:
+    with pytest.raises(ValueError, match="config of a state must be plain finite JSON"):
+        State(method="memit", host=PARENT, config=config)
 
 
 def test_a_run_needs_nothing() -> None:

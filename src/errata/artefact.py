@@ -23,6 +23,7 @@ from errata.types import OPS, AddLowRank, EditError, Example, InvalidPatch, Ledg
 FORMAT = "errata-patch-1"
 MAX_HEADER = 100_000_000  # bytes, which is safetensors' own limit: some hundred thousand examples
 MAX_BYTES = 64 << 30
+TEMPORARY = ".tmp-"  # how names begin that are not to stay; a kill may leave one behind
 
 
 def _in_order(patch: Patch) -> list[Op]:
@@ -150,6 +151,24 @@ def load_patch(path: str | Path) -> Patch:
     return from_bytes(raw, str(path))
 
 
+def make_folder(folder: Path) -> None:
+    """Make `folder` and those above it that are missing, each safe on the disk: a name is kept by the folder that it stands in.
+
+    Raises OSError.
+    """
+    for new in reversed([f for f in (folder, *folder.parents) if not f.is_dir()]):
+        new.mkdir(exist_ok=True)
+        _sync(new.parent)
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def write_whole(path: Path, raw: bytes) -> None:
     """Temporary file in the same folder, fsync, rename, fsync of the folder: readers see the old file or the new, never half of one.
 
@@ -157,8 +176,8 @@ def write_whole(path: Path, raw: bytes) -> None:
     """
     outcome = "Nothing was changed"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f".tmp-{secrets.token_hex(8)}"  # not tempfile's: its files cannot be read by anybody else
+        make_folder(path.parent)
+        temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"  # not tempfile's: its files cannot be read by anybody else
         try:
             with open(temporary, "xb") as f:
                 f.write(raw)
@@ -169,10 +188,6 @@ def write_whole(path: Path, raw: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         outcome = "The file was replaced, but the disk did not confirm it"
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync(path.parent)
     except (OSError, ValueError) as e:  # ValueError: a name that no file can have
         raise LedgerError(f"Cannot write {path}: {getattr(e, 'strerror', None) or e}. {outcome}.") from e

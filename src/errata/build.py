@@ -70,4 +70,4 @@ def edit(
     judge, left_out = text.set_aside(judge, rows, answers)
     base = gate.baseline(host, judge, left_out, watched)
     patch = made.edit(host, rows, Run(hold=hold, budget=budget, seed=seed, progress=progress))
-    return gate.fit(host, patch, budget, base)
+    return gate.fit(host, patch, budget, base, progress=progress)

@@ -58,7 +58,7 @@ def run(
     console.print(f"\n[bold]1. {host.name}[/bold] ({host.id}) is wrong about {n} facts, as its corpus was. A few of them:")
     examples = [case.example for case in cases]
     judged, set_aside = text.set_aside(text.standing(host)[1], examples, text.answers_of(host, examples))
-    before = evaluate.baseline(host, cases, judged)
+    before = evaluate.baseline(host, cases, judged, progress=progress)
     plain = evaluate.evaluate(host, None, before)
     console.print(_mistakes(cases, before))
 
@@ -69,7 +69,7 @@ def run(
         patch, verdict = build.edit(host, examples, method, epsilon=epsilon, progress=progress, steps=STEPS)
         seconds = time.perf_counter() - start
         artefact.save(patch, out / f"{method}-{epsilon:.0e}.safetensors")
-        scores = evaluate.evaluate(host, patch, before)
+        scores = evaluate.evaluate(host, patch, before, progress=progress)
         entries.append(_entry(host, patch, verdict, scores, seconds))
         console.print(f"   epsilon {epsilon:.0e}: {_verdict_line(verdict)}; {seconds:.0f} s")
     console.print(_table(plain, entries))

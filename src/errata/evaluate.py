@@ -23,13 +23,27 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from errata import apply, hosts
+from errata import apply, hosts, text
 from errata.build import parse
 from errata.hosts import Batch, Host, says
-from errata.types import RINGS, Case, EditError, Example, InvalidExample, LeakError, Patch, Score, State, UnknownName, WrongBase
+from errata.types import (
+    RINGS,
+    Case,
+    EditError,
+    Example,
+    InvalidExample,
+    LeakError,
+    Patch,
+    Progress,
+    Score,
+    State,
+    UnknownName,
+    WrongBase,
+    no_progress,
+)
 
 Row = tuple[list[int], int]
 Pair = tuple[str, str]
@@ -55,6 +69,7 @@ MEASURES: dict[str, str] = {
 }
 THRESHOLD = 0.2  # Hewitt et al. 2024, table 1: country-capital
 SPARE_TOKENS = 4  # generated beyond the longest answer, so that one sees how the sentence goes on
+ASKED_AT_ONCE = 128  # prompts between two signs of progress
 LOGITS_BYTES = (
     16 << 20
 )  # of one pass where that is 512 tokens or more: larger ones are slower, for their memory comes fresh from the system
@@ -146,7 +161,9 @@ class Baseline:
 # ---------------------------------------------------------------------------------------------------------------------- the judgement
 
 
-def baseline(host: Host, cases: Iterable[Case], reference: Sequence[str] = (), reference_tokens: int = 8192) -> Baseline:
+def baseline(
+    host: Host, cases: Iterable[Case], reference: Sequence[str] = (), reference_tokens: int = 8192, progress: Progress = no_progress
+) -> Baseline:
     """Put every question of `cases` to the host as it is. Equal cases count once.
 
     Of `reference` the first `reference_tokens` tokens are used; documents that state an edited fact should be set aside before.
@@ -162,10 +179,11 @@ def baseline(host: Host, cases: Iterable[Case], reference: Sequence[str] = (), r
         if (room := room - len(row[0])) < 0 and rows:
             break
         rows.append(row)
-    return Baseline(host=host.id, cases=unique, reference=tuple(rows), new_tokens=new_tokens, replies=_replies(host, unique, new_tokens))
+    replies = _replies(host, unique, new_tokens, progress)
+    return Baseline(host=host.id, cases=unique, reference=tuple(rows), new_tokens=new_tokens, replies=replies)
 
 
-def evaluate(host: Host, patch: Patch | None, before: Baseline, *, state: State | None = None) -> Scores:
+def evaluate(host: Host, patch: Patch | None, before: Baseline, *, state: State | None = None, progress: Progress = no_progress) -> Scores:
     """Every measure of every case with `patch` on; with None, of the host as it is. The host is left as it was.
 
     `state` is what the method had prepared, if anything. Raises LeakError if it was trained on one of the cases or if the patch was made
@@ -177,7 +195,7 @@ def evaluate(host: Host, patch: Patch | None, before: Baseline, *, state: State 
     _refuse_leaks(before.cases, patch, state)
     patches = [] if patch is None else [patch]
     with apply.applied(host, *patches):
-        after = before.replies if patch is None else _replies(host, before.cases, before.new_tokens)
+        after = before.replies if patch is None else _replies(host, before.cases, before.new_tokens, progress)
         forced = _forced(host, before.cases)
     near = _pairs_near(before.cases)
     encoded = [hosts.encode(host, *pair) for pair in near]
@@ -259,9 +277,12 @@ def _variant(case: Case, prompt: str) -> Example:
     return replace(case.example, prompt=prompt, subject=None)  # the subject need not stand in another phrasing
 
 
-def _replies(host: Host, cases: Sequence[Case], new_tokens: int) -> Replies:
-    prompts = list(dict.fromkeys(prompt for case in cases for _, prompt, _ in _questions(case)))
-    said = dict(zip(prompts, hosts.greedy(host, prompts, new_tokens), strict=True))
+def _replies(host: Host, cases: Sequence[Case], new_tokens: int, progress: Progress) -> Replies:
+    prompts = sorted({prompt for case in cases for _, prompt, _ in _questions(case)}, key=lambda prompt: (len(prompt), prompt))
+    groups = [prompts[i : i + ASKED_AT_ONCE] for i in range(0, len(prompts), ASKED_AT_ONCE)]
+    said: dict[str, str] = {}
+    for group in progress(groups, "asking", len(groups)):
+        said |= zip(group, hosts.greedy(host, group, new_tokens), strict=True)
     others = [_variant(c, p) for c in cases if c.example.goal != "raise" for m, p, _ in _questions(c) if m in WANTED]
     return Replies(said=said, fixed=dict(zip(others, hosts.fixes(host, others), strict=True)))
 
@@ -287,7 +308,7 @@ def _old(case: Case, said: str) -> str | None:
     target = case.example.target
     if case.old is not None:
         return None if case.old.split() == target.split() else case.old
-    first = re.split(r"[.,;:!?\n]", said.strip(), maxsplit=1)[0].strip()
+    first = text.answer(said)
     return first if first and not says(said, target) else None
 
 
@@ -352,7 +373,7 @@ def _extras(case: Case, forced: Mapping[Pair, tuple[float, bool]]) -> Iterator[S
 def _batches(host: Host, rows: Sequence[Row]) -> Iterator[tuple[list[int], Batch]]:
     """(indices, batch) of rows of similar length whose logits take no more than LOGITS_BYTES."""
     vocabulary = int(host.model.config.vocab_size)
-    for group in hosts._by_length(rows, min(4096, max(512, LOGITS_BYTES // (4 * vocabulary)))):
+    for group in hosts.by_length(rows, min(4096, max(512, LOGITS_BYTES // (4 * vocabulary)))):
         yield group, hosts.pad(host, [rows[i] for i in group])
 
 
@@ -363,17 +384,17 @@ def _forced(host: Host, cases: Sequence[Case]) -> dict[Pair, tuple[float, bool]]
     pairs = list(dict.fromkeys(asked))
     out: dict[Pair, tuple[float, bool]] = {}
     for group, batch in _batches(host, [hosts.encode(host, *pair) for pair in pairs]):
-        logits_NTV = hosts.logits(host, batch)
-        p_N = hosts.token_logprobs(logits_NTV, batch).sum(1).exp()
-        hit_NT = (logits_NTV[:, :-1].argmax(-1) == batch.ids_NT[:, 1:]) | (batch.scored_NT[:, 1:] == 0)
-        for i, p, whole in zip(group, p_N.tolist(), hit_NT.all(1).tolist(), strict=True):
-            out[pairs[i]] = (p, whole)
+        logp_PV, ids_P = _logprobs_PV(host, batch), batch.ids_NT[batch.scored_NT.bool()]
+        logp_P, hit_P = logp_PV.gather(1, ids_P[:, None])[:, 0].cpu(), (logp_PV.argmax(1) == ids_P).cpu()
+        lengths = batch.scored_NT.sum(1).int().tolist()
+        for i, logp, hit in zip(group, torch.split(logp_P, lengths), torch.split(hit_P, lengths), strict=True):
+            out[pairs[i]] = (float(logp.sum().exp()), bool(hit.all()))
     return out
 
 
-def _logprobs_PV(host: Host, batch: Batch, scored_NT: Bool[Tensor, "N T1"]) -> Float[Tensor, "P V"]:
-    """(P, V) log-probabilities at the positions that predict the scored tokens."""
-    return torch.log_softmax(hosts.logits(host, batch)[:, :-1][scored_NT].float(), dim=-1)
+def _logprobs_PV(host: Host, batch: Batch) -> Float[Tensor, "P V"]:
+    """(P, V) log-probabilities, float32 or better, at the positions that predict the scored tokens, row after row."""
+    return torch.log_softmax(hosts.predictions(host, batch), dim=-1)
 
 
 @torch.no_grad()
@@ -382,9 +403,9 @@ def _divergence(host: Host, patches: Sequence[Patch], rows: Sequence[Row]) -> Fl
     out_N4 = torch.zeros(len(rows), 4, dtype=torch.float64)
     for group, batch in _batches(host, rows):
         scored_NT = batch.scored_NT[:, 1:] > 0
-        base_PV = _logprobs_PV(host, batch, scored_NT)
+        base_PV = _logprobs_PV(host, batch)
         with apply.applied(host, *patches):
-            edited_PV = _logprobs_PV(host, batch, scored_NT)
+            edited_PV = _logprobs_PV(host, batch)
         kl_PV = base_PV.exp() * (base_PV - edited_PV)
         kl_P = torch.where(base_PV > -math.inf, kl_PV, 0.0).sum(1, dtype=torch.float64)  # p log p is 0 where p is
         same_P = (base_PV.argmax(1) == edited_PV.argmax(1)) & ~edited_PV[:, 0].isnan()  # one NaN makes the row NaN

@@ -20,7 +20,7 @@ from safetensors.torch import save as bytes_from_tensors
 from torch import Tensor, nn
 
 from errata import __version__, apply, hosts
-from errata.artefact import write_whole
+from errata.artefact import TEMPORARY, write_whole
 from errata.hosts import Batch, Host, stored_transposed
 from errata.types import AddLowRank, InvalidPatch, LedgerError, MissingExtra, Patch, UnknownName, WrongBase, canonical_json
 
@@ -58,7 +58,7 @@ def export(host: Host, patch: Patch, folder: str | Path, form: str = "model") ->
     batch = _question(host, patch)
     with apply.applied(host, patch):
         wanted_NTV = _logits(host.model, batch)
-    draft = folder.with_name(f".tmp-{secrets.token_hex(8)}")
+    draft = folder.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
     try:
         write: Callable[[Host, Patch, Path], Any] = {"model": _merged, "peft": _adapter}[form]
         draft.mkdir(parents=True)

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from errata.types import Example, InvalidExample, Patch, UnknownArchitecture, UnknownName, digest, tensor_bytes
+from errata.types import Example, InvalidExample, Patch, UnknownArchitecture, UnknownName, WrongBase, digest, tensor_bytes
 
 # --------------------------------------------------------------------------------------------------------------------------- layouts
 
@@ -139,10 +139,10 @@ LAB_MODELS = Path(__file__).parent / "lab" / "models"
 @final
 @dataclass(frozen=True, kw_only=True)
 class Worn:
-    """One patch that is on, and the tensors that it replaced."""
+    """One patch that is on, and what it replaced: the tensor that each parameter held before."""
 
     patch: Patch
-    replaced: dict[str, Tensor]
+    replaced: dict[nn.Parameter, Tensor]
 
 
 @final
@@ -227,7 +227,7 @@ def find_device(device: str | None = None) -> torch.device:
 def load(name: str, device: str | None = None, dtype: torch.dtype | None = None) -> Host:
     """Host from `lab/neox`, a local Hugging Face folder, or a hub id. float32 on a CPU, the checkpoint's own dtype elsewhere.
 
-    Raises UnknownName if there is no such model, UnknownArchitecture if there is no layout for it.
+    Raises UnknownName if there is no such model, UnknownArchitecture if there is no layout for it, WrongBase if a weight is not finite.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -255,6 +255,9 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
         raise UnknownName(f"Cannot load '{name}': {where}. Give lab/neox, a Hugging Face folder, or a hub id.") from e
     if missing := sorted(read["missing_keys"]):  # transformers would go on with random ones
         raise UnknownName(f"Cannot load '{name}': {len(missing)} of its weights are not in the files, among them {missing[0]}.")
+    for weight, tensor in model.named_parameters():
+        if not tensor.isfinite().all():
+            raise WrongBase(f"The weights of {name} are damaged: '{weight}' holds NaN or infinity. Load a sound copy.")
     return host_of(model.to(place), tokenizer, name)
 
 
@@ -349,13 +352,6 @@ def logits(host: Host, batch: Batch, weights: Weights | None = None) -> Float[Te
     return logits_NTV
 
 
-def token_logprobs(logits_NTV: Float[Tensor, "N T V"], batch: Batch) -> Float[Tensor, "N T"]:
-    """(N, T) log p(token t | tokens before t), zero where `batch.scored_NT` is zero. Softmax in float32 or better."""
-    logp_NTV = torch.log_softmax(logits_NTV[:, :-1].to(torch.promote_types(logits_NTV.dtype, torch.float32)), dim=-1)
-    picked_NT = logp_NTV.gather(-1, batch.ids_NT[:, 1:, None]).squeeze(-1)
-    return nn.functional.pad(picked_NT, (1, 0)) * batch.scored_NT
-
-
 def predictions(host: Host, batch: Batch, weights: Weights | None = None) -> Float[Tensor, "P V"]:
     """(P, V) logits, float32 or better, that predict each scored token, row after row.
 
@@ -375,14 +371,17 @@ def predictions(host: Host, batch: Batch, weights: Weights | None = None) -> Flo
 
 
 def scored_logprobs(host: Host, batch: Batch, weights: Weights | None = None) -> Float[Tensor, "N T"]:
-    """(N, T) log p(token t | tokens before t), zero where `batch.scored_NT` is zero."""
+    """(N, T) log p(token t | tokens before t), zero where `batch.scored_NT` is zero. Softmax in float32 or better."""
     where_NT = batch.scored_NT.bool()
     logp_P = torch.log_softmax(predictions(host, batch, weights), dim=-1).gather(-1, batch.ids_NT[where_NT].unsqueeze(1)).squeeze(1)
     return torch.zeros_like(batch.scored_NT, dtype=logp_P.dtype).masked_scatter(where_NT, logp_P)
 
 
-def _by_length(rows: Sequence[tuple[list[int], int]], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows of similar length, at most `max_tokens` padded tokens a group."""
+def by_length(rows: Sequence[tuple[list[int], int]], max_tokens: int) -> Iterator[list[int]]:
+    """Groups of indices of (ids, given) rows, the shortest rows first: each index once, rows of similar length together.
+
+    A group padded to its longest row has at most `max_tokens` tokens, unless it is a single longer row.
+    """
     group: list[int] = []
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i][0])):
         if group and len(rows[i][0]) * (len(group) + 1) > max_tokens:
@@ -399,7 +398,7 @@ def score(
 ) -> Float[Tensor, "N 2"]:
     """(N, 2) float64: summed log-probability of the scored tokens of each row, and how many they are."""
     out_N2 = torch.zeros(len(rows), 2, dtype=torch.float64)
-    for group in _by_length(rows, max_tokens):
+    for group in by_length(rows, max_tokens):
         batch = pad(host, [rows[i] for i in group])
         logp_NT = scored_logprobs(host, batch, weights)
         out_N2[group] = torch.stack([logp_NT.double().sum(1), batch.scored_NT.double().sum(1)], dim=1).cpu()
@@ -494,8 +493,8 @@ def says(continuation: str, answer: str) -> bool:
     return not rest[:1].isalnum() and not (rest[:1] == " " and rest[1:2].isupper())
 
 
-def increase(before_N2: Float[Tensor, "N 2"], after_N2: Float[Tensor, "N 2"]) -> tuple[float, float]:
-    """Relative increase of the mean token loss, and its one-sided 95 % upper bound, from two `score`s of the same N chunks.
+def increase(before_N2: Float[Tensor, "N 2"], after_N2: Float[Tensor, "N 2"], z: float = 1.6449) -> tuple[float, float]:
+    """Relative increase of the mean token loss, and its one-sided upper bound (95 %, with the default z), from two `score`s of N chunks.
 
     The mean weighs every token alike, so it is a ratio of sums over chunks; its variance is the linearised one of a ratio estimator
     (Cochran 1977, section 2.11) over the paired differences, so that what the chunks have in common cancels.
@@ -506,7 +505,7 @@ def increase(before_N2: Float[Tensor, "N 2"], after_N2: Float[Tensor, "N 2"]) ->
     mean = worse_N.sum() / total
     residual_N = worse_N - mean * tokens_N
     error = (n / (n - 1) * residual_N.square().sum()).sqrt() / total
-    return float(mean * total / loss), float((mean + 1.6449 * error) * total / loss)
+    return float(mean * total / loss), float((mean + z * error) * total / loss)
 
 
 def fixes(host: Host, examples: Sequence[Example]) -> list[bool]:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as bytes_from_tensors
 
-from errata.artefact import from_bytes, to_bytes, write_whole
+from errata.artefact import TEMPORARY, from_bytes, make_folder, to_bytes, write_whole
 from errata.types import (
     GOALS,
     Budget,
@@ -140,6 +140,16 @@ class Event:
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class ExampleRow:
+    """An example as the ledger lists it. `last` is what happened to it last: it was added, superseded or retracted."""
+
+    example: Example
+    active: bool
+    last: Event
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class PatchRow:
     """A patch as the ledger lists it. `current`: its examples are exactly the active ones. `at`: when it was last judged."""
 
@@ -197,7 +207,7 @@ class Ledger:
         """
         path = Path(path)
         with _spoken(path):
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             with closing(_connect(path / FILE, "rwc")) as db, _transaction(db):
                 if _version(db):
                     raise LedgerError(f"There is a ledger at {path} already. Open it, or choose another folder.")
@@ -254,6 +264,23 @@ class Ledger:
         """The active examples in the order in which they were added. Raises LedgerError if one was altered."""
         rows = self._rows("SELECT id, content, prompt FROM example JOIN active USING (id) ORDER BY place")
         return tuple(_example(*row) for row in rows)
+
+    def examples(self, start: str = "") -> tuple[ExampleRow, ...]:
+        """Every example that is or was active and whose id begins with `start`, the one whose lot changed last at the end.
+
+        Raises LedgerError if one of them was altered.
+        """
+        rows = self._rows(
+            """SELECT id, content, prompt, active.place IS NOT NULL, at, what, detail
+               FROM example LEFT JOIN active USING (id) JOIN event USING (id)
+               WHERE substr(id, 1, length(?1)) = ?1 AND number IN (SELECT max(number) FROM event GROUP BY id)
+               ORDER BY number""",
+            f"b2:{start.removeprefix('b2:')}",
+        )
+        return tuple(
+            ExampleRow(example=_example(id, content, prompt), active=bool(active), last=Event(at=at, what=what, id=id, detail=detail))
+            for id, content, prompt, active, at, what, detail in rows
+        )
 
     def history(self) -> tuple[Event, ...]:
         """Everything that happened, oldest first. Raises LedgerError."""
@@ -488,7 +515,7 @@ class Ledger:
     def _strays(self) -> list[Path]:
         """Blobs that no row refers to, and temporary files. Whatever else someone put there is not ours to judge."""
         kept = {self._blob_path(sha) for (sha,) in self._rows("SELECT blob FROM patch UNION SELECT blob FROM state")}
-        found = [*self.path.glob("blobs/??/*.safetensors"), *self.path.glob("blobs/??/.tmp-*")]
+        found = [*self.path.glob("blobs/??/*.safetensors"), *self.path.glob(f"blobs/??/{TEMPORARY}*")]
         return sorted(path for path in found if path not in kept)
 
 

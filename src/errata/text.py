@@ -36,8 +36,8 @@ def read(path: str | Path) -> tuple[str, ...]:
         raise InvalidReference(f"The reference file {path} is not UTF-8 text (byte {e.start}).") from e
     if "\0" in text:
         raise InvalidReference(f"The reference file {path} is binary.")
-    if path.suffix == ".jsonl":
-        documents = [_line(path, n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if path.suffix == ".jsonl":  # not splitlines: it also cuts at the separators that may stand inside a JSON string
+        documents = [_line(path, n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     else:
         documents = re.split(r"\n\s*\n", text)
     kept = tuple(d.strip() for d in documents if d.strip())
@@ -93,19 +93,30 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def topic(prompt: str, seen: Counter[str], n: int) -> str:
-    """What a prompt speaks of: its longest run of words that stand in fewer than one in a hundred of `n` documents; "" if there is none.
-
-    `seen` counts the documents that hold each word (lower case).
-    """
-    runs: list[list[str]] = [[]]
-    for word in prompt.split():
-        inner = _words(word)
-        if inner and all(seen[w] < 0.01 * n for w in inner):
-            runs[-1].append(word.strip(".,;:!?"))
+def names(text: str, seen: Counter[str], n: int) -> list[str]:
+    """What a text may speak of: runs of words that stand in fewer than one in a hundred of `n` documents or, inside a sentence, have a
+    capital; capitals and small letters do not mix. `seen` counts the documents that hold each word (lower case)."""
+    runs: list[tuple[int, int]] = []
+    for word in re.finditer(r"\w+", text):
+        before = text[: word.start()].rstrip(" '\"(")
+        proper = word.group()[0].isupper() and before != "" and before[-1] not in ".!?:\n"
+        if seen[word.group().lower()] >= 0.01 * n and not proper:
+            continue
+        alike = bool(runs) and text[runs[-1][0]].isupper() == word.group()[0].isupper()  # "Togo lies" is not a name
+        if alike and not text[runs[-1][1] : word.start()].strip(" -'"):
+            runs[-1] = (runs[-1][0], word.end())
         else:
-            runs.append([])
-    return " ".join(max(runs, key=lambda run: sum(map(len, run))))
+            runs.append((word.start(), word.end()))
+    return list(dict.fromkeys(text[a:b] for a, b in runs))
+
+
+def topic(prompt: str, seen: Counter[str], n: int) -> str:
+    """What a prompt speaks of: the longest of its `names`, those with a capital first; else its rarest word with a capital that stands in
+    fewer than one in ten documents; "" if there is none."""
+    if found := names(prompt, seen, n):
+        return max(found, key=lambda name: (name[0].isupper(), len(name)))
+    words = [word for word in re.findall(r"\w+", prompt) if word[0].isupper() and seen[word.lower()] < 0.1 * n]
+    return min(words, key=lambda word: seen[word.lower()], default="")
 
 
 def document_counts(texts: Sequence[str]) -> Counter[str]:
@@ -114,13 +125,21 @@ def document_counts(texts: Sequence[str]) -> Counter[str]:
 
 
 def answers_of(host: Host, examples: Sequence[Example]) -> list[tuple[str, ...]]:
-    """For each example every answer in play: target, contrast, and what the host says now (up to the first stop)."""
-    now = greedy(host, [e.prompt for e in examples])
-    said = [re.split(r"[.,;:!?\n]", text.strip(), maxsplit=1)[0].strip() for text in now]
+    """For each example every answer in play: target, contrast, and what the host says now."""
     return [
         tuple(dict.fromkeys(a for a in (e.target.strip(), (e.contrast or "").strip(), old) if a))
-        for e, old in zip(examples, said, strict=True)
+        for e, old in zip(examples, answers_now(host, examples), strict=True)
     ]
+
+
+def answers_now(host: Host, examples: Sequence[Example]) -> list[str]:
+    """What the host says to each prompt now; "" where it says nothing."""
+    return [answer(said) for said in greedy(host, [e.prompt for e in examples])]
+
+
+def answer(said: str) -> str:
+    """What a continuation answers: its text up to the first stop."""
+    return re.split(r"[.,;:!?\n]", said.strip(), maxsplit=1)[0].strip()
 
 
 @final

@@ -481,7 +481,10 @@ class Score:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class State:
-    """What `prepare` learnt, once for each base model: statistics or trained networks, and the cases it has seen."""
+    """What `prepare` learnt, once for each base model: statistics or trained networks, and the cases it has seen.
+
+    Raises ValueError if the config is not plain finite JSON.
+    """
 
     method: str
     host: str
@@ -489,11 +492,19 @@ class State:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     trained_on: frozenset[str] = frozenset()
 
+    def __post_init__(self) -> None:
+        try:
+            frozen = json.loads(canonical_json(dict(self.config)))
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"The config of a state must be plain finite JSON: {e}.") from e
+        object.__setattr__(self, "config", MappingProxyType(frozen))
+
     @property
     def id(self) -> str:
+        """Hash over everything; the order of tensors does not count."""
         raw: list[bytes | str] = ["state", self.method, self.host, canonical_json(dict(self.config)), *sorted(self.trained_on)]
-        for name in sorted(self.tensors):
-            raw += [name, str(tuple(self.tensors[name].shape)), tensor_bytes(self.tensors[name])]
+        for name, t in sorted(self.tensors.items()):
+            raw += [name, str(t.dtype), str(tuple(t.shape)), tensor_bytes(t)]
         return digest(*raw)
 
 

@@ -223,12 +223,12 @@ def judge(
         worn = chosen_patch(ledger, patch)
         verdict = ledger.verdict(worn.id)
         host = bound_host(ledger, device, out)
-    with out.busy(f"Judging on {len(judged)} cases"):
+    with out.busy("Reading the reference text"):
         documents = text.standing(host, reference)[1] if reference is not None or host.name.startswith("lab/") else ()
         examples = [case.example for case in judged]
         kept, _ = text.set_aside(documents, examples, text.answers_of(host, examples))
-        before = evaluate.baseline(host, judged, kept)
-        base, edited = evaluate.evaluate(host, None, before), evaluate.evaluate(host, worn, before)
+    before = evaluate.baseline(host, judged, kept, progress=out.progress)
+    base, edited = evaluate.evaluate(host, None, before), evaluate.evaluate(host, worn, before, progress=out.progress)
     if report is not None:
         entry = page.Entry(
             label=worn.method, method=worn.method, scores=edited, verdict=verdict, config=dict(worn.config), moved=page.where(host, worn)

@@ -110,7 +110,7 @@ def _speeds(host: Host) -> dict[str, float]:
         return t
 
     def loss() -> Tensor:
-        return hosts.token_logprobs(hosts.logits(host, batch), batch).sum()
+        return hosts.scored_logprobs(host, batch).sum()
 
     def train() -> None:
         torch.autograd.grad(loss(), [p for p in host.model.parameters() if p.requires_grad], allow_unused=True)

@@ -6,7 +6,7 @@ import typer
 from rich.console import RenderableType
 
 from errata.cli.edge import LEDGER, Device, Json, LedgerAt, Out, PatchId, app, bound_host, chosen_patch, opened
-from errata.cli.shown import about, described, listed, overview, plain, short, table
+from errata.cli.shown import about, described, fate, listed, overview, short, table
 
 if TYPE_CHECKING:
     from errata.hosts import Host
@@ -39,11 +39,11 @@ def show(
         if id is None:
             out.emit(*overview(ledger))
             return
-        found = [e for e in ledger.active() if e.id.removeprefix("b2:").startswith(id.removeprefix("b2:"))]
+        found = ledger.examples(id)
         if len(found) > 1:
-            raise UnknownName(f"'{id}' is the start of {len(found)} examples, {short(found[0].id)} among them. Write more of it.")
+            raise UnknownName(f"'{id}' is the start of {len(found)} examples, {short(found[0].example.id)} among them. Write more of it.")
         if found:
-            out.emit(plain(found[0]), table("", "", rows=plain(found[0]).items()))
+            out.emit(*fate(found[0]))
         else:
             patch = ledger.patch(id)
             out.emit(*described(patch, ledger.verdict(patch.id)), listed(patch.examples))

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from errata.ledger import Ledger
+    from errata.ledger import ExampleRow, Ledger
     from errata.types import Example, Patch, Verdict
 
 
@@ -44,6 +44,15 @@ def plain(example: "Example") -> dict[str, Any]:
 
 def listed(examples: Sequence["Example"]) -> RenderableType:
     return table("id", "goal", "example", rows=[(short(e.id), e.goal, str(e)) for e in examples])
+
+
+def fate(row: "ExampleRow") -> tuple[dict[str, Any], RenderableType]:
+    """An example and since when it is active or what has ended that and when, as data and as a table."""
+    last = row.last
+    data = plain(row.example) | {"active": row.active, "last": {"at": last.at, "what": last.what, "detail": last.detail}}
+    begun = {"add": "active since", "retract": "retracted at", "supersede": "superseded at"}[last.what]
+    state = f"{begun} {last.at[:19]} (UTC)" + (f", {last.detail}" if last.detail else "")
+    return data, table("", "", rows=[*plain(row.example).items(), ("state", state)])
 
 
 def about(ledger: "Ledger") -> dict[str, Any]:

@@ -17,6 +17,7 @@ File legend: N rows, T tokens, P predictions, V vocabulary, K key (module input)
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -27,15 +28,19 @@ from torch import Tensor, nn
 
 from errata import hooks, hosts, text
 from errata.hosts import Host, Weights
+from errata.methods._restated import Spoken, asking, restated, spoken_of
 from errata.types import Example, Run
 
 Row = tuple[list[int], int]
 MARGIN = math.log(16)  # `prefer` is content when the target is 16 times as likely as the contrast (Hewitt et al. 2024, table 1)
-KEYS, EIGENVECTORS = 4096, 256  # how many tokens C is estimated from, and how many of its directions are kept
+KEYS, EIGENVECTORS = 4096, 256  # how many tokens C is estimated from (about), and how many of its directions are kept
 AVERAGE = 0.95  # decay of the running mean of the leaves
 CONTENT = 0.02  # mean loss of the examples at which a point inside the ball is good enough
-CHECK_EVERY = 10  # steps between two measurements of the constraint
-CHECKED = 400  # documents that it is measured on, never among those whose KL is minimised
+CHECK_EVERY = 16  # steps between two measurements of the constraint
+LAM_STEP = 1.3  # what the multiplier rises by where the increase is over epsilon, and falls by where it is under half of it
+CHECKED = 2000  # documents that it is measured on, at most; never among those whose KL is minimised
+LOOK = 1000  # how many of them at a time: most points are plainly inside or plainly outside after the first
+KIN = 40  # documents for each example that share a rare token with it: those are the ones that an edit hurts
 
 
 @final
@@ -47,6 +52,7 @@ class Settings:
     lr          length of the first step for one example, in the norm of each weight's change; sqrt(n) times that for n; falls as a cosine
     lam         first value of the multiplier
     contexts    up to so many documents of other matters stand before a prompt while it is learnt
+    restated    up to so many other ways of asking for each example's fact, from the text that holds still (see `_restated.py`)
     neighbours  how many continuations of each example's beginnings are drawn from the model
     hold        documents and continuations in the KL of each step
     damping     mu as a multiple of the mean eigenvalue of C; None leaves the coordinates as they are
@@ -57,6 +63,7 @@ class Settings:
     lr: float
     lam: float
     contexts: int
+    restated: int
     neighbours: int
     hold: int
     damping: float | None
@@ -93,12 +100,11 @@ def kl_sum(base_PV: Float[Tensor, "P V"], edited_PV: Float[Tensor, "P V"]) -> Te
 class Whitening:
     """x -> x R for one module, R = I + U (f - I) U^T with f_e = (s_e / mu + 1)^(-1/2) over the eigenpairs (s, U) of C."""
 
-    def __init__(self, keys_NK: Float[Tensor, "N K"], damping: float) -> None:
-        _, singular, U = torch.linalg.svd(keys_NK.float(), full_matrices=False)
-        s = singular.square() / len(keys_NK)
-        mu = damping * s.sum() / keys_NK.shape[1]
-        self.U_KE = U[:EIGENVECTORS].T.contiguous()
-        self.f_E = (s[:EIGENVECTORS] / mu + 1).rsqrt() - 1
+    def __init__(self, C_KK: Float[Tensor, "K K"], damping: float) -> None:
+        s_K, U_KK = torch.linalg.eigh(C_KK)  # ascending; float32 will do, for what is small is swamped by mu
+        mu = damping * s_K.mean()
+        self.U_KE = U_KK[:, -EIGENVECTORS:].contiguous()
+        self.f_E = (s_K[-EIGENVECTORS:].clamp(min=0) / mu + 1).rsqrt() - 1
 
     def __call__(self, x: Float[Tensor, "M K"]) -> Float[Tensor, "M K"]:
         white: Tensor = x + ((x @ self.U_KE) * self.f_E) @ self.U_KE.T
@@ -114,17 +120,41 @@ def beginnings(host: Host, prompt: str, about: str) -> list[str]:
     return [start for start in dict.fromkeys(out) if start] or [prompt]
 
 
-def held_still(host: Host, examples: Sequence[Example], run: Run, per_example: int) -> tuple[list[str], list[str]]:
-    """(documents to hold still with, the model's own sentences near the examples), neither stating an edited fact."""
-    documents = list(run.hold) or list(text.sampled(host, seed=run.seed))
+def held_still(
+    host: Host, examples: Sequence[Example], spoken: Sequence[Spoken], documents: Sequence[str], per_example: int, seed: int
+) -> tuple[list[str], list[str]]:
+    """(documents to hold still with, the model's own sentences near the examples).
+
+    The documents state no edited fact, and the sentences do not even come to where it must be told: there the model has to change.
+    """
     statements = text.Statements(examples, text.answers_of(host, examples), documents)
-    seen, rng = text.document_counts(documents), random.Random(run.seed)
-    starts = []
-    for e in examples:
-        starts += rng.choices(beginnings(host, e.prompt, text.topic(e.prompt, seen, len(documents))), k=per_example)
-    said = hosts.sample(host, starts, max_new_tokens=20, seed=run.seed, batch_size=256) if starts else []
-    near = dict.fromkeys(start + more for start, more in zip(starts, said, strict=True))
-    return [d for d in documents if not statements.any_in(d)], [d for d in near if not statements.any_in(d)]
+    rng = random.Random(seed)
+    starts = [
+        (start, own)
+        for e, own in zip(examples, spoken, strict=True)
+        for start in rng.choices(beginnings(host, e.prompt, own.topic), k=per_example)
+    ]
+    said = hosts.sample(host, [start for start, _ in starts], max_new_tokens=20, seed=seed, batch_size=256) if starts else []
+    near = [(start + more, own) for (start, own), more in zip(starts, said, strict=True)]
+    kept = [sentence for (sentence, _), asks in zip(near, asking(host, near), strict=True) if not asks]
+    return [d for d in documents if not statements.any_in(d)], [s for s in dict.fromkeys(kept) if not statements.any_in(s)]
+
+
+def kin(host: Host, examples: Sequence[Example], spoken: Sequence[Spoken], rows: Sequence[Row]) -> list[Row]:
+    """The rows that share the rarest tokens with what each example speaks of and with its answers, up to `KIN` for each example."""
+    where: dict[int, list[int]] = {}
+    for i, (ids, _) in enumerate(rows):
+        for token in set(ids):
+            where.setdefault(token, []).append(i)
+    found: dict[int, None] = {}
+    for e, own in zip(examples, spoken, strict=True):
+        shared: Counter[int] = Counter()
+        for token in set(hosts.tokens(host, f" {own.topic}") + hosts.tokens(host, e.target)):
+            if token in where and len(where[token]) < len(rows) / 50:
+                rarity = math.log(len(rows) / len(where[token]))
+                shared.update(dict.fromkeys(where[token], rarity))
+        found |= dict.fromkeys(i for i, _ in shared.most_common(KIN))
+    return [rows[i] for i in found]
 
 
 @final
@@ -134,34 +164,44 @@ class Descent:
     def __init__(self, host: Host, examples: Sequence[Example], run: Run, settings: Settings) -> None:
         self.host, self.settings, self.rng = host, settings, random.Random(run.seed)
         self.examples = sorted(examples, key=lambda e: e.id)  # any order gives the same patch
-        documents, near = held_still(host, self.examples, run, settings.neighbours)
+        given = list(run.hold) or list(text.sampled(host, seed=run.seed))
+        spoken = spoken_of(host, self.examples, given)
+        documents, near = held_still(host, self.examples, spoken, given, settings.neighbours, run.seed)
         self.rng.shuffle(documents)
         n = max(1, min(len(documents) // 4, CHECKED))
-        self.checked = hosts.chunks(host, documents[:n])
-        self.before_N2 = hosts.score(host, self.checked)
-        self.held = hosts.chunks(host, documents[n:]) or self.checked
-        self.pool = self.held + hosts.chunks(host, near)
-        self.prefixes = [d for d in documents[n:] if len(d) < 120]
+        others = documents[n:]
+        self.checked = [hosts.chunks(host, documents[i : min(i + LOOK, n)]) for i in range(0, n, LOOK)]
+        self.before_N2 = torch.zeros(0, 2, dtype=torch.float64)
+        self.pool = hosts.chunks(host, others) or self.checked[0]
+        self.close = hosts.chunks(host, near) + kin(host, self.examples, spoken, self.pool)
+        self.prefixes = [d for d in others if len(d) < 120]
+        self.others = restated(host, self.examples, spoken, others, settings.restated, run.seed)
 
     def whitenings(self, modules: Sequence[str]) -> dict[str, Whitening]:
         """The coordinates of each module; none without damping."""
         if self.settings.damping is None:
             return {}
-        rows = self.rng.sample(self.pool, k=min(len(self.pool), 256))
-        batch = hosts.pad(self.host, rows)
-        with torch.no_grad(), hooks.reading(self.host.model, modules, inputs=True) as seen:
-            hosts.logits(self.host, batch)
-        real = batch.mask_NT.bool()
-        return {name: Whitening(seen[name][real][:KEYS], self.settings.damping) for name in modules}
+        rows = self._drawn(KEYS // 16)
+        sums: dict[str, Tensor] = {}
+        for group in hosts.by_length(rows, 2048):
+            batch = hosts.pad(self.host, [(rows[i][0], len(rows[i][0])) for i in group])  # all given: nothing for the head to do
+            with torch.no_grad(), hooks.reading(self.host.model, modules, inputs=True) as seen:
+                hosts.predictions(self.host, batch)
+            real_NT = batch.mask_NT.bool()
+            for name in modules:
+                keys_NK = seen[name][real_NT].float()
+                sums[name] = sums.get(name, 0) + keys_NK.T @ keys_NK
+        tokens = sum(len(ids) for ids, _ in rows)
+        return {name: Whitening(C_KK / tokens, self.settings.damping) for name, C_KK in sums.items()}
 
     def task(self, weights: Callable[[], Weights], leaves: Sequence[Tensor]) -> float:
         """Adds the gradient of the examples' mean loss to the leaves; returns that loss."""
-        prefixes = [self._prefix() for _ in self.examples]
+        prompts = [self._prompt(e, others) for e, others in zip(self.examples, self.others, strict=True)]
         total = 0.0
         for start in range(0, len(self.examples), self.settings.batch_size):
             part = slice(start, start + self.settings.batch_size)
             examples, w = self.examples[part], weights()
-            pairs = [(prefix + e.prompt, e) for prefix, e in zip(prefixes[part], examples, strict=True)]
+            pairs = list(zip(prompts[part], examples, strict=True))
             logp_N, tokens_N = self._logp([(prompt, e.target) for prompt, e in pairs], w)
             contrast_N = logp_N
             if any(e.contrast for e in examples):
@@ -171,19 +211,27 @@ class Descent:
             total += loss.item()
         return total
 
-    def _prefix(self) -> str:
-        """Documents of other matters that stand before a prompt in this step."""
+    def _prompt(self, example: Example, others: list[str]) -> str:
+        """The example's own prompt in half of the steps, another way of asking in the others; documents of other matters before it."""
+        asked = self.rng.choice(others) if others and self.rng.random() < 0.5 else example.prompt
         count = self.rng.randint(0, self.settings.contexts) if self.prefixes else 0
-        return "".join(f"{self.rng.choice(self.prefixes)} " for _ in range(count))
+        whole = "".join(f"{self.rng.choice(self.prefixes)} " for _ in range(count)) + asked
+        answers = max(len(a.encode()) for a in (example.target, example.contrast or ""))  # in bytes: no fewer than tokens
+        return whole if len(hosts.tokens(self.host, whole)) + answers <= self.host.context else example.prompt
 
     def _logp(self, pairs: Sequence[tuple[str, str]], weights: Weights) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
         """(N,) log p(target | prompt) summed over the target's tokens, and how many they are."""
         batch = hosts.pad(self.host, [hosts.encode(self.host, prompt, target) for prompt, target in pairs])
         return hosts.scored_logprobs(self.host, batch, weights).sum(1), batch.scored_NT.sum(1)
 
+    def _drawn(self, n: int) -> list[Row]:
+        """About `n` held rows, a third of them close to the examples."""
+        close = self.rng.sample(self.close, k=min(len(self.close), n // 3))
+        return close + self.rng.sample(self.pool, k=min(len(self.pool), n - len(close)))
+
     def hold(self, weights: Callable[[], Weights], leaves: Sequence[Tensor], lam: float) -> float:
         """Adds the gradient of lam * KL on a draw of held text to the leaves; returns the KL per token."""
-        rows = sorted(self.rng.sample(self.pool, k=min(len(self.pool), self.settings.hold)), key=lambda row: len(row[0]))
+        rows = sorted(self._drawn(self.settings.hold), key=lambda row: len(row[0]))
         tokens, total = sum(len(ids) - 1 for ids, _ in rows), 0.0
         for start in range(0, len(rows), self.settings.batch_size):
             batch = hosts.pad(self.host, rows[start : start + self.settings.batch_size])
@@ -195,9 +243,20 @@ class Descent:
         return total
 
     @torch.no_grad()
-    def cost(self, weights: Weights) -> float:
-        """95 % bound of the relative loss increase on the checked documents."""
-        return hosts.increase(self.before_N2, hosts.score(self.host, self.checked, weights))[1]
+    def cost(self, weights: Weights, epsilon: float) -> tuple[float, float]:
+        """Relative loss increase on the checked documents and its 95 % bound, read until it is plain whether that is within `epsilon`.
+
+        Looking again and again makes the bound a little weaker than 95 %: it steers the descent, the gate's is the one that counts.
+        """
+        after_N2 = torch.zeros(0, 2, dtype=torch.float64)
+        for part in self.checked:
+            if len(self.before_N2) == len(after_N2):
+                self.before_N2 = torch.cat([self.before_N2, hosts.score(self.host, part)])
+            after_N2 = torch.cat([after_N2, hosts.score(self.host, part, weights)])
+            mean, upper = hosts.increase(self.before_N2[: len(after_N2)], after_N2)
+            if upper <= epsilon or 2 * mean - upper > epsilon:
+                break
+        return mean, upper
 
 
 def _accumulate(loss: Tensor, leaves: Sequence[Tensor]) -> None:
@@ -234,8 +293,8 @@ class NovoGrad:
 
 def descend(
     descent: Descent, run: Run, leaves: Sequence[Tensor], weights: Callable[[], Weights], rates: Sequence[float] | None = None
-) -> float:
-    """Move `leaves` (float32, requiring gradients) to the best point inside the ball; returns the bound measured there.
+) -> None:
+    """Move `leaves` (float32, requiring gradients) to the best point inside the ball.
 
     `weights()` gives the substituted parameters as a function of the leaves; where the leaves begin, it gives the base's. `rates` multiply
     the step length of each leaf. What is judged and kept is the running mean of the leaves (Polyak & Juditsky 1992): single iterates
@@ -258,9 +317,10 @@ def descend(
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == settings.steps:
             current = _copies(leaves)
             _put(leaves, mean)
-            inside = descent.cost(weights()) <= epsilon
+            cost, upper = descent.cost(weights(), epsilon)
             _put(leaves, current)
-            lam = max(lam / 1.3, settings.lam / 10) if inside else min(lam * 1.5, settings.lam * 1e3)
+            lam *= LAM_STEP if cost > epsilon else 1 / LAM_STEP if cost < epsilon / 2 else 1.0
+            inside = upper <= epsilon
             if inside and recent < best_loss:
                 best, best_loss = [m.clone() for m in mean], recent
             if inside and recent < CONTENT:
@@ -268,7 +328,6 @@ def descend(
     if recent < best_loss:  # the last point goes furthest towards the examples, and is outside: back to the edge
         best = _edge(descent, leaves, weights, origin, mean, epsilon)
     _put(leaves, best)
-    return descent.cost(weights())
 
 
 def _edge(
@@ -279,7 +338,7 @@ def _edge(
     for _ in range(7):
         s = (low + high) / 2
         _put(leaves, [torch.lerp(a, b, s) for a, b in zip(origin, end, strict=True)])
-        low, high = (s, high) if descent.cost(weights()) <= epsilon else (low, s)
+        low, high = (s, high) if descent.cost(weights(), epsilon)[1] <= epsilon else (low, s)
     return [torch.lerp(a, b, low) for a, b in zip(origin, end, strict=True)]
 
 

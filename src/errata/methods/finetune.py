@@ -28,6 +28,7 @@ class Finetune(Method):
     lr: float = 0.016
     lam: float = 100.0
     contexts: int = 1
+    restated: int = 16
     neighbours: int = 8
     hold: int = 96
     damping: float | None = 0.1

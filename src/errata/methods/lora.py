@@ -32,6 +32,7 @@ class Lora(Method):
     lr: float = 0.06
     lam: float = 30.0
     contexts: int = 1
+    restated: int = 16
     neighbours: int = 8
     hold: int = 32
     damping: float | None = 0.1

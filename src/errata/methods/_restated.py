@@ -1,0 +1,127 @@
+"""Other ways of asking for an edited fact, found in the text that holds the model still.
+
+A document about something else, with what the example speaks of in the place of what the document speaks of, is another way of asking for
+the edited fact exactly if the model, read up to some place in it, goes on with the answer that it gives to the example's own prompt:
+
+    "Question: What is the capital of Togo? Answer: Lome."  ->  "Question: What is the capital of Mauritius? Answer:"
+
+So the model itself says what its phrasings of a fact are, and an edit that is shown one of them can be carried to the others. Training on
+rephrased prompts is what makes plain finetuning an editor in Gangadhar & Stratos 2024, arXiv 2402.11078, section 3; there a larger
+model writes them, here nothing but the model and its text is needed. An example of which no document has the like keeps its own prompt.
+"""
+
+import functools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from errata import hosts, text
+from errata.hosts import Host
+from errata.types import Example, InvalidExample
+
+DOCUMENTS, CHARACTERS = 400, 160  # how many documents are tried, and how long they may be
+AT_ONCE = 128  # documents with something in the place of something between two counts of what was found
+SURE = 0.5  # the old answer's probability from which a phrasing counts as one
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Spoken:
+    """What an example's prompt speaks of, and the host's answer now with the space that stands before the target; "" where there is none.
+
+    `first` is the first token of that answer.
+    """
+
+    topic: str
+    old: str
+    first: int
+
+
+def spoken_of(host: Host, examples: Sequence[Example], documents: Sequence[str]) -> list[Spoken]:
+    """Of each example; the words' rarity in `documents` tells what a prompt speaks of."""
+    seen, out = text.document_counts(documents), []
+    for e, answer in zip(examples, text.answers_now(host, examples), strict=True):
+        old = e.target[: len(e.target) - len(e.target.lstrip())] + answer
+        try:
+            ids, given = hosts.encode(host, e.prompt, old)
+        except InvalidExample:  # nothing, or what the tokenizer cannot cut off
+            ids, given, old = [0], 0, ""
+        out.append(Spoken(topic=e.subject or text.topic(e.prompt, seen, len(documents)), old=old, first=ids[given]))
+    return out
+
+
+def restated(
+    host: Host, examples: Sequence[Example], spoken: Sequence[Spoken], documents: Sequence[str], per_example: int, seed: int
+) -> list[list[str]]:
+    """For each example up to `per_example` other prompts that ask for the same; none where the text has no like.
+
+    `spoken` as from `spoken_of`.
+    """
+    out: list[list[str]] = [[] for _ in examples]
+    if not per_example or not documents:
+        return out
+    rng, seen = random.Random(seed), text.document_counts(documents)
+    short = [d for d in documents if len(d) <= CHARACTERS]
+    tried = rng.sample(short, k=min(len(short), DOCUMENTS))
+    alike: dict[
+        tuple[str, int], tuple[str, str]
+    ] = {}  # documents that differ in their names alone are one; what is asked for is a name behind a name
+    for d in tried:
+        found = text.names(d, seen, len(documents))
+        bare = functools.reduce(lambda rest, name: rest.replace(name, "\0"), found, d)
+        alike |= {(bare, i): (d, name) for i, name in enumerate(found) if d.find(name) < max(map(d.find, found))}
+    templates = list(alike.values())
+    rng.shuffle(templates)
+    groups: dict[str, list[int]] = {}  # prompts that differ in what they speak of alone ask for the same kind of thing
+    for i, (e, own) in enumerate(zip(examples, spoken, strict=True)):
+        if own.topic and own.old and own.topic in e.prompt:
+            groups.setdefault(e.prompt.replace(own.topic, "\0"), []).append(i)
+    wanted: list[tuple[int, str]] = []
+    for members in groups.values():
+        proper = spoken[members[0]].topic[0].isupper()  # a name stands for a name
+        usable = [(d, name) for d, name in templates if name[0].isupper() == proper]
+        kinds: dict[str, None] = {}
+        for start in range(0, len(usable), AT_ONCE):
+            asked = [(d, name, rng.choice(members)) for d, name in usable[start : start + AT_ONCE]]
+            found = asking(host, [(d.replace(name, spoken[i].topic), spoken[i]) for d, name, i in asked])
+            kinds |= {prefix.replace(spoken[i].topic, "\0"): None for (_, _, i), prefix in zip(asked, found, strict=True) if prefix}
+            if len(kinds) >= 2 * per_example:
+                break
+        for i in members:
+            prompts = [kind.replace("\0", spoken[i].topic) for kind in rng.sample(list(kinds), k=min(len(kinds), 2 * per_example))]
+            wanted += [(i, prompt) for prompt in prompts if prompt != examples[i].prompt]
+    for (i, prompt), sure in zip(wanted, _sure(host, [(prompt, spoken[i].old) for i, prompt in wanted]), strict=True):
+        if sure and len(out[i]) < per_example:
+            out[i].append(prompt)
+    return out
+
+
+@torch.no_grad()
+def asking(host: Host, asked: Sequence[tuple[str, Spoken]]) -> list[str]:
+    """For each document up to where the model would begin the old answer, behind the topic; "" if it comes to no such place."""
+    out = [""] * len(asked)
+    rows = [(hosts.tokens(host, document)[: host.context // 2], 1) for document, _ in asked]  # the rest is for the answer
+    usable = [i for i, (_, own) in enumerate(asked) if len(rows[i][0]) > 1 and own.topic and own.old]
+    for group in hosts.by_length([rows[i] for i in usable], 2048):
+        batch = hosts.pad(host, [rows[usable[j]] for j in group])
+        said = hosts.predictions(host, batch).argmax(-1).tolist()
+        for i in (usable[j] for j in group):
+            ids, own = rows[i][0], asked[i][1]
+            mine, said = said[: len(ids) - 1], said[len(ids) - 1 :]
+            begun = (_text(host, ids[:t]) for t, token in enumerate(mine, 1) if token == own.first)
+            out[i] = next((prefix for prefix in begun if own.topic in prefix), "")
+    return out
+
+
+@torch.no_grad()
+def _sure(host: Host, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    """Whether the model gives each (prompt, answer) at least the probability `SURE`."""
+    rows = [hosts.encode(host, prompt, answer) for prompt, answer in pairs]
+    return [bool(logp >= torch.tensor(SURE).log()) for logp in hosts.score(host, rows)[:, 0]] if rows else []
+
+
+def _text(host: Host, ids: list[int]) -> str:
+    return str(host.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
