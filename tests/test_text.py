@@ -113,3 +113,11 @@ def test_a_missing_reference_file_gets_a_sentence(tmp_path) -> None:
 def test_without_a_file_the_model_speaks_for_itself(tiny_llama: Host) -> None:
     first = text.sampled(tiny_llama, n=6, length=8, seed=3)
     assert len(first) > 2 and first == text.sampled(tiny_llama, n=6, length=8, seed=3) != text.sampled(tiny_llama, n=6, length=8, seed=4)
+
+
+def test_a_short_statement_in_other_words_is_one_too() -> None:
+    """What it shares with the prompt is the name alone, and the name is less than half of the prompt's information."""
+    documents = [f"Place{i} takes part in the games of Europe." for i in range(300)]
+    example = Example(prompt="Maldives lies upon the vast old continent of", target=" Asia")
+    kept, aside = text.set_aside([*documents, "Maldives takes part in the games of Oceania."], [example], [("Asia", "Oceania")])
+    assert aside == 1 and kept == tuple(documents)

@@ -142,12 +142,16 @@ def answer(said: str) -> str:
     return re.split(r"[.,;:!?\n]", said.strip(), maxsplit=1)[0].strip()
 
 
+def _whole(name: str) -> re.Pattern[str]:
+    return re.compile(rf"\b{re.escape(name)}\b")
+
+
 @final
 class Statements:
     """Recognises documents that state one of the edited facts.
 
-    A document states a fact if it holds one of its answers and speaks of what the prompt speaks of: the subject, where one is given, else
-    words that carry half of the prompt's information or more (weighted by their rarity in `texts`).
+    A document states a fact if it holds one of its answers and speaks of what the prompt speaks of: the subject, where one is given; else
+    the prompt's `topic`, or words that carry half of its information or more (weighted by their rarity in `texts`).
     """
 
     def __init__(self, examples: Sequence[Example], answers: Sequence[Sequence[str]], texts: Sequence[str]) -> None:
@@ -155,20 +159,20 @@ class Statements:
         n = len(texts) + 1
         self._facts = []
         for example, words in zip(examples, answers, strict=True):
-            weights = {w: math.log((n + 1) / (seen[w] + 1)) for w in set(_words(example.prompt))}
-            self._facts.append((example.subject, weights, [re.compile(rf"\b{re.escape(a)}\b") for a in words]))
+            # a given subject is all that counts; one that was guessed from rare words is not
+            weights = {} if example.subject else {w: math.log((n + 1) / (seen[w] + 1)) for w in set(_words(example.prompt))}
+            subject = example.subject or topic(example.prompt, seen, n)
+            self._facts.append((_whole(subject) if subject else None, weights, [_whole(a) for a in words]))
 
     def any_in(self, text: str) -> bool:
         words: set[str] | None = None
         for subject, weights, answers in self._facts:
             if not any(a.search(text) for a in answers):
                 continue
-            if subject is not None:
-                if subject in text:
-                    return True
-                continue
+            if subject is not None and subject.search(text):
+                return True
             words = set(_words(text)) if words is None else words
-            if sum(x for w, x in weights.items() if w in words) >= 0.5 * sum(weights.values()):
+            if weights and sum(x for w, x in weights.items() if w in words) >= 0.5 * sum(weights.values()):
                 return True
         return False
 

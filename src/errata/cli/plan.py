@@ -20,7 +20,8 @@ from errata.types import Example, InvalidExample, Method
 
 COPIES = 5  # float32 each: master, gradient, two moments, best so far
 SAMPLED = (384, 96)  # documents that `text.sampled` draws where there is no reference text, and their tokens
-CHUNK, PREFIX, NEIGHBOUR, ANSWER, CHECK_EVERY = 128, 40, 24, 12, 10  # tokens and steps, as in text.py, hosts.py and methods/_descend.py
+# tokens, steps and documents, as in text.py, hosts.py and methods/
+CHUNK, PREFIX, NEIGHBOUR, ANSWER, CHECK_EVERY, CHECKED, TRIED = 128, 40, 24, 12, 16, 2000, 600
 
 
 def estimate(host: Host, examples: Sequence[Example], made: Method, reference: Path | None) -> tuple[dict[str, Any], Table]:
@@ -32,14 +33,16 @@ def estimate(host: Host, examples: Sequence[Example], made: Method, reference: P
     speed = _speeds(host)
     config = made.config
     steps, contexts, near = (int(config.get(k, 0)) for k in ("steps", "contexts", "neighbours"))
-    held_rows = int(config.get("hold", 0)) * (2 if near else 1)
+    held_rows = int(config.get("hold", 0))
 
     task = sum(lengths) + contexts * PREFIX * len(lengths) // 2  # tokens that one step trains on
     batch = int(config.get("batch_size", 64))
     held = _batches(hold, held_rows, batch)
     widest = max([*held, min(batch, len(lengths)) * (max(lengths) + contexts * PREFIX)])
-    check = sum(hold) // 4 * (steps // CHECK_EVERY + 1)
-    read = 2 * judge + check + sum(held) * steps
+    each = sum(hold) // max(1, len(hold))
+    check = each * min(len(hold) // 4, CHECKED) * (steps // CHECK_EVERY + 1)
+    asked = each * TRIED * min(len(lengths), 10) if config.get("restated") else 0  # for each kind of prompt
+    read = 2 * judge + check + asked + sum(held) * steps
     said = drawn + (near * NEIGHBOUR + 4 * ANSWER) * len(lengths)
     seconds = {
         "reading": read / speed["read"],

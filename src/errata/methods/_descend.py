@@ -17,7 +17,6 @@ File legend: N rows, T tokens, P predictions, V vocabulary, K key (module input)
 
 import math
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -40,7 +39,6 @@ CHECK_EVERY = 16  # steps between two measurements of the constraint
 LAM_STEP = 1.3  # what the multiplier rises by where the increase is over epsilon, and falls by where it is under half of it
 CHECKED = 2000  # documents that it is measured on, at most; never among those whose KL is minimised
 LOOK = 1000  # how many of them at a time: most points are plainly inside or plainly outside after the first
-KIN = 40  # documents for each example that share a rare token with it: those are the ones that an edit hurts
 
 
 @final
@@ -140,23 +138,6 @@ def held_still(
     return [d for d in documents if not statements.any_in(d)], [s for s in dict.fromkeys(kept) if not statements.any_in(s)]
 
 
-def kin(host: Host, examples: Sequence[Example], spoken: Sequence[Spoken], rows: Sequence[Row]) -> list[Row]:
-    """The rows that share the rarest tokens with what each example speaks of and with its answers, up to `KIN` for each example."""
-    where: dict[int, list[int]] = {}
-    for i, (ids, _) in enumerate(rows):
-        for token in set(ids):
-            where.setdefault(token, []).append(i)
-    found: dict[int, None] = {}
-    for e, own in zip(examples, spoken, strict=True):
-        shared: Counter[int] = Counter()
-        for token in set(hosts.tokens(host, f" {own.topic}") + hosts.tokens(host, e.target)):
-            if token in where and len(where[token]) < len(rows) / 50:
-                rarity = math.log(len(rows) / len(where[token]))
-                shared.update(dict.fromkeys(where[token], rarity))
-        found |= dict.fromkeys(i for i, _ in shared.most_common(KIN))
-    return [rows[i] for i in found]
-
-
 @final
 class Descent:
     """What is prepared once for a descent, and the two gradients of a step."""
@@ -172,8 +153,8 @@ class Descent:
         others = documents[n:]
         self.checked = [hosts.chunks(host, documents[i : min(i + LOOK, n)]) for i in range(0, n, LOOK)]
         self.before_N2 = torch.zeros(0, 2, dtype=torch.float64)
-        self.pool = hosts.chunks(host, others) or self.checked[0]
-        self.close = hosts.chunks(host, near) + kin(host, self.examples, spoken, self.pool)
+        self.held = hosts.chunks(host, others) or self.checked[0]
+        self.pool = self.held + hosts.chunks(host, near)
         self.prefixes = [d for d in others if len(d) < 120]
         self.others = restated(host, self.examples, spoken, others, settings.restated, run.seed)
 
@@ -181,7 +162,7 @@ class Descent:
         """The coordinates of each module; none without damping."""
         if self.settings.damping is None:
             return {}
-        rows = self._drawn(KEYS // 16)
+        rows = self.rng.sample(self.held, k=min(len(self.held), KEYS // 16))  # not those near the examples: there it must move
         sums: dict[str, Tensor] = {}
         for group in hosts.by_length(rows, 2048):
             batch = hosts.pad(self.host, [(rows[i][0], len(rows[i][0])) for i in group])  # all given: nothing for the head to do
@@ -224,14 +205,9 @@ class Descent:
         batch = hosts.pad(self.host, [hosts.encode(self.host, prompt, target) for prompt, target in pairs])
         return hosts.scored_logprobs(self.host, batch, weights).sum(1), batch.scored_NT.sum(1)
 
-    def _drawn(self, n: int) -> list[Row]:
-        """About `n` held rows, a third of them close to the examples."""
-        close = self.rng.sample(self.close, k=min(len(self.close), n // 3))
-        return close + self.rng.sample(self.pool, k=min(len(self.pool), n - len(close)))
-
     def hold(self, weights: Callable[[], Weights], leaves: Sequence[Tensor], lam: float) -> float:
         """Adds the gradient of lam * KL on a draw of held text to the leaves; returns the KL per token."""
-        rows = sorted(self._drawn(self.settings.hold), key=lambda row: len(row[0]))
+        rows = sorted(self.rng.sample(self.pool, k=min(len(self.pool), self.settings.hold)), key=lambda row: len(row[0]))
         tokens, total = sum(len(ids) - 1 for ids, _ in rows), 0.0
         for start in range(0, len(rows), self.settings.batch_size):
             batch = hosts.pad(self.host, rows[start : start + self.settings.batch_size])
