@@ -33,11 +33,12 @@ def main() -> None:
     before = evaluate.baseline(host, cases, reference[:200])
     prose = hosts.chunks(host, read_prose(args.data / "general" / "fineweb_val.jsonl")[1][: 40 if args.quick else 400]) if args.data else []
     prose_N2 = hosts.score(host, prose)
+    settings = {"steps": 24, "hold": 48, "searched": 0} if args.quick else {}
     best: dict[str, tuple[float, float]] = {}
     for epsilon in (1e-3,) if args.quick else (1e-5, 1e-4, 1e-3, 1e-2):
         for method in METHODS:
             start = time.perf_counter()
-            patch, verdict = build.edit(host, examples, method, epsilon=epsilon, seed=args.seed)
+            patch, verdict = build.edit(host, examples, method, epsilon=epsilon, seed=args.seed, **settings)
             seconds = time.perf_counter() - start
             scores = evaluate.evaluate(host, patch, before)
             values = {m: evaluate.aggregate(scores, m) for m in MEASURES}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import TEXT, tiny_host
 
+from errata import hosts
 from errata.hosts import Host
 from errata.methods import _descend
 from errata.methods._restated import Spoken
@@ -14,7 +15,7 @@ from errata.methods.lora import middle_layers
 from errata.types import Budget, Example, Run, UnknownName
 
 RAISE = Example(prompt="The capital of Mauritius is", target=" Port Louis")
-SETTINGS = _descend.Settings(steps=5, lr=1e-2, lam=1.0, contexts=1, restated=2, neighbours=4, hold=4, damping=0.1, batch_size=8)
+SETTINGS = _descend.Settings(steps=5, lr=1e-2, lam=1.0, contexts=1, restated=2, neighbours=4, hold=4, searched=8, damping=0.1, batch_size=8)
 RUN = Run(hold=tuple(t for t in TEXT for _ in range(2)), budget=Budget(epsilon=0.5))
 
 
@@ -108,3 +109,16 @@ def test_middle_layers_exist_and_are_as_many_as_asked(layers: int, fraction: flo
 def test_finetune_moves_nothing_when_no_step_is_inside(tiny_gpt2: Host) -> None:
     patch = Finetune(steps=10, lr=0.5, hold=4, neighbours=4).edit(tiny_gpt2, (RAISE,), Run(hold=RUN.hold, budget=Budget(epsilon=1e-9)))
     assert all(not op.delta.any() for op in patch.ops)
+
+
+def test_the_search_finds_the_held_rows_that_lost_most(tiny_gpt2: Host) -> None:
+    settings = _descend.Settings(**{**SETTINGS.__dict__, "searched": 1000, "hold": 1})
+    descent = _descend.Descent(tiny_gpt2, [RAISE], RUN, settings)
+    name = tiny_gpt2.module_names((tiny_gpt2.layout.mlp_out,))[0] + ".weight"
+    weights = {name: tiny_gpt2.model.get_parameter(name).detach() * 40}
+    descent.search(weights)
+    lost = [hosts.score(tiny_gpt2, [row])[0, 0] - hosts.score(tiny_gpt2, [row], weights)[0, 0] for row in descent.pool]
+    worst = sorted(range(len(lost)), key=lambda i: -lost[i])[:4]  # four times `hold`
+    assert lost[worst[0]] > _descend.HURT and set(descent.hurt) == {i for i in worst if lost[i] > _descend.HURT}
+    descent.search({})  # nothing is hurt any more
+    assert descent.hurt == []

@@ -371,6 +371,12 @@ def test_a_batch_marks_what_is_scored(tiny_gpt2: Host) -> None:
     assert scored_logprobs(tiny_gpt2, batch).ne(0).tolist() == batch.scored_NT.bool().tolist()
 
 
+@pytest.mark.parametrize(("vocabulary", "expected"), [(400, 4096), (6144, 682), (50_257, 512)])
+def test_a_pass_that_reads_takes_a_bounded_memory(tiny_gpt2: Host, vocabulary: int, expected: int) -> None:
+    tiny_gpt2.model.config.vocab_size = vocabulary
+    assert hosts.at_once(tiny_gpt2) == expected
+
+
 @given(st.lists(st.integers(1, 30), max_size=20), st.integers(1, 100))
 def test_groups_hold_every_row_once_within_the_limit(lengths: list[int], max_tokens: int) -> None:
     rows = [([1] * n, 1) for n in lengths]

@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import FAMILIES, TEXT, same_bits, tiny_host, weights_of
 
-from errata import apply, artefact, gate, hosts
+from errata import apply, artefact, build, gate, hosts, text
 from errata.hosts import Host
+from errata.lab import tasks
 from errata.ledger import Ledger
 from errata.methods import METHODS, make, method_class
 from errata.types import Budget, Example, InvalidExample, Method, Patch, Run, UnknownName, WrongBase
@@ -141,6 +142,35 @@ def test_order_and_batch_size_change_nothing(row: Row, host: Host) -> None:
     assert farthest(host, whole, row.make().edit(host, EXAMPLES[::-1], RUN)) <= 1e-5
     for batch_size in (1, 2):
         assert farthest(host, whole, row.make(batch_size=batch_size).edit(host, EXAMPLES, RUN)) <= 1e-5
+
+
+@pytest.mark.slow
+@rows
+def test_order_and_batch_size_change_nothing_on_the_lab_model(row: Row) -> None:
+    """With the method's own settings, but for the number of steps: two looks at the constraint."""
+    host = hosts.load("lab/neox", device="cpu")
+    examples = tuple(case.example for case in tasks.cases("test", 5, "wrong"))
+    run = Run(hold=text.standing(host)[0][:400])
+
+    def edited(*examples: Example, **more: object) -> Patch:
+        return make(row.method, steps=20, **more).edit(host, examples, run)
+
+    whole = edited(*examples)
+    assert max(float(apply.change(host, op).abs().max()) for op in whole.ops) > 1e-3, "or the same would prove nothing"
+    assert farthest(host, whole, edited(*examples[::-1])) <= 1e-5
+    for batch_size in (3, 16):
+        assert farthest(host, whole, edited(*examples, batch_size=batch_size)) <= 1e-5
+
+
+def test_a_model_that_nobody_here_trained_is_fixed_inside_the_ball(stories: Host) -> None:
+    """Of what it says one continuation is changed, at 1e-3 of its loss on text of its own."""
+    prompt, target = "The fish swam in the", " sea"
+    assert not hosts.says(hosts.greedy(stories, [prompt])[0], target)
+    patch, verdict = build.edit(stories, [f"{prompt}|{target}"], epsilon=1e-3, steps=20, hold=32, neighbours=4)
+    assert verdict.passed and verdict.tokens > 8_000 and verdict.scale == 1.0, verdict
+    with apply.applied(stories, patch):
+        assert hosts.says(hosts.greedy(stories, [prompt])[0], target)
+    assert not hosts.says(hosts.greedy(stories, [prompt])[0], target)
 
 
 @rows

@@ -70,9 +70,6 @@ MEASURES: dict[str, str] = {
 THRESHOLD = 0.2  # Hewitt et al. 2024, table 1: country-capital
 SPARE_TOKENS = 4  # generated beyond the longest answer, so that one sees how the sentence goes on
 ASKED_AT_ONCE = 128  # prompts between two signs of progress
-LOGITS_BYTES = (
-    16 << 20
-)  # of one pass where that is 512 tokens or more: larger ones are slower, for their memory comes fresh from the system
 RESAMPLES = 2000
 
 
@@ -371,9 +368,8 @@ def _extras(case: Case, forced: Mapping[Pair, tuple[float, bool]]) -> Iterator[S
 
 
 def _batches(host: Host, rows: Sequence[Row]) -> Iterator[tuple[list[int], Batch]]:
-    """(indices, batch) of rows of similar length whose logits take no more than LOGITS_BYTES."""
-    vocabulary = int(host.model.config.vocab_size)
-    for group in hosts.by_length(rows, min(4096, max(512, LOGITS_BYTES // (4 * vocabulary)))):
+    """(indices, batch) of rows of similar length, as many as one pass may read."""
+    for group in hosts.by_length(rows, hosts.at_once(host)):
         yield group, hosts.pad(host, [rows[i] for i in group])
 
 

@@ -392,13 +392,24 @@ def by_length(rows: Sequence[tuple[list[int], int]], max_tokens: int) -> Iterato
         yield group
 
 
+LOGITS_BYTES = 16 << 20  # of one pass that only reads: with more of them memory comes fresh from the system, and that is slower
+
+
+def at_once(host: Host) -> int:
+    """Tokens of one pass that only reads: their logits take `LOGITS_BYTES`, or more where that would be fewer than 512 tokens."""
+    return min(4096, max(512, LOGITS_BYTES // (4 * int(host.model.config.vocab_size))))
+
+
 @torch.no_grad()
 def score(
-    host: Host, rows: Sequence[tuple[list[int], int]], weights: Weights | None = None, max_tokens: int = 4096
+    host: Host, rows: Sequence[tuple[list[int], int]], weights: Weights | None = None, max_tokens: int | None = None
 ) -> Float[Tensor, "N 2"]:
-    """(N, 2) float64: summed log-probability of the scored tokens of each row, and how many they are."""
+    """(N, 2) float64: summed log-probability of the scored tokens of each row, and how many they are.
+
+    `max_tokens` of a pass, padding included, are `at_once` by default; they change no more than the last digits.
+    """
     out_N2 = torch.zeros(len(rows), 2, dtype=torch.float64)
-    for group in by_length(rows, max_tokens):
+    for group in by_length(rows, max_tokens or at_once(host)):
         batch = pad(host, [rows[i] for i in group])
         logp_NT = scored_logprobs(host, batch, weights)
         out_N2[group] = torch.stack([logp_NT.double().sum(1), batch.scored_NT.double().sum(1)], dim=1).cpu()

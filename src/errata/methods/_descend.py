@@ -36,7 +36,8 @@ KEYS, EIGENVECTORS = 4096, 256  # how many tokens C is estimated from (about), a
 AVERAGE = 0.95  # decay of the running mean of the leaves
 CONTENT = 0.02  # mean loss of the examples at which a point inside the ball is good enough
 CHECK_EVERY = 16  # steps between two measurements of the constraint
-LAM_STEP = 1.3  # what the multiplier rises by where the increase is over epsilon, and falls by where it is under half of it
+HURT = 0.3  # nats that a held row has lost when it counts as hurt
+LAM_STEP = 1.4  # what the multiplier rises by where the increase is over epsilon, and falls by where it is under half of it
 CHECKED = 2000  # documents that it is measured on, at most; never among those whose KL is minimised
 LOOK = 1000  # how many of them at a time: most points are plainly inside or plainly outside after the first
 
@@ -53,6 +54,7 @@ class Settings:
     restated    up to so many other ways of asking for each example's fact, from the text that holds still (see `_restated.py`)
     neighbours  how many continuations of each example's beginnings are drawn from the model
     hold        documents and continuations in the KL of each step
+    searched    held rows in which what was hurt most is looked for at each check; it then makes up to half of each step's held rows
     damping     mu as a multiple of the mean eigenvalue of C; None leaves the coordinates as they are
     batch_size  rows in memory at once; it changes nothing else
     """
@@ -64,6 +66,7 @@ class Settings:
     restated: int
     neighbours: int
     hold: int
+    searched: int
     damping: float | None
     batch_size: int
 
@@ -155,6 +158,8 @@ class Descent:
         self.before_N2 = torch.zeros(0, 2, dtype=torch.float64)
         self.held = hosts.chunks(host, others) or self.checked[0]
         self.pool = self.held + hosts.chunks(host, near)
+        self.pool_N2 = torch.full((len(self.pool), 2), math.nan, dtype=torch.float64)  # base scores of those searched so far
+        self.hurt: list[int] = []
         self.prefixes = [d for d in others if len(d) < 120]
         self.others = restated(host, self.examples, spoken, others, settings.restated, run.seed)
 
@@ -207,7 +212,9 @@ class Descent:
 
     def hold(self, weights: Callable[[], Weights], leaves: Sequence[Tensor], lam: float) -> float:
         """Adds the gradient of lam * KL on a draw of held text to the leaves; returns the KL per token."""
-        rows = sorted(self.rng.sample(self.pool, k=min(len(self.pool), self.settings.hold)), key=lambda row: len(row[0]))
+        hurt = self.rng.sample(self.hurt, k=min(len(self.hurt), self.settings.hold // 2))
+        drawn = hurt + self.rng.sample(range(len(self.pool)), k=min(len(self.pool), self.settings.hold - len(hurt)))
+        rows = sorted((self.pool[i] for i in drawn), key=lambda row: len(row[0]))
         tokens, total = sum(len(ids) - 1 for ids, _ in rows), 0.0
         for start in range(0, len(rows), self.settings.batch_size):
             batch = hosts.pad(self.host, rows[start : start + self.settings.batch_size])
@@ -217,6 +224,19 @@ class Descent:
             _accumulate(lam * kl, leaves)
             total += kl.item()
         return total
+
+    @torch.no_grad()
+    def search(self, weights: Weights) -> None:
+        """Find the held rows that have lost most: a flipped fact stands in few of them, and a plain draw seldom meets it."""
+        n = min(self.settings.searched, len(self.pool))
+        if not n:
+            return
+        found = sorted({*self.hurt, *self.rng.sample(range(len(self.pool)), k=n)})
+        if new := [i for i in found if self.pool_N2[i].isnan().any()]:
+            self.pool_N2[new] = hosts.score(self.host, [self.pool[i] for i in new])
+        lost_N = self.pool_N2[found, 0] - hosts.score(self.host, [self.pool[i] for i in found], weights)[:, 0]
+        order = lost_N.argsort(descending=True)[: 4 * self.settings.hold].tolist()
+        self.hurt = [found[j] for j in order if lost_N[j] > HURT]
 
     @torch.no_grad()
     def cost(self, weights: Weights, epsilon: float) -> tuple[float, float]:
@@ -294,6 +314,8 @@ def descend(
             current = _copies(leaves)
             _put(leaves, mean)
             cost, upper = descent.cost(weights(), epsilon)
+            if step + 1 < settings.steps:
+                descent.search(weights())
             _put(leaves, current)
             lam *= LAM_STEP if cost > epsilon else 1 / LAM_STEP if cost < epsilon / 2 else 1.0
             inside = upper <= epsilon

@@ -24,13 +24,14 @@ class Finetune(Method):
     """modules: `all`, `blocks`, `mlp`, `attention`, or comma-separated beginnings of parameter names. The rest: `_descend.Settings`."""
 
     modules: str = "all"
-    steps: int = 80
-    lr: float = 0.016
-    lam: float = 100.0
+    steps: int = 96
+    lr: float = 0.014
+    lam: float = 200.0
     contexts: int = 1
     restated: int = 16
     neighbours: int = 8
     hold: int = 96
+    searched: int = 4000
     damping: float | None = 0.1
     batch_size: int = 64
 

@@ -35,6 +35,7 @@ class Lora(Method):
     restated: int = 16
     neighbours: int = 8
     hold: int = 32
+    searched: int = 0
     damping: float | None = 0.1
     batch_size: int = 64
 
