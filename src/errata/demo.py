@@ -23,7 +23,7 @@ from errata.report import Entry, Report
 from errata.types import Case, InvalidPatch, Patch, Progress, Verdict, no_progress
 
 SHOWN = 6  # rows of the tables in the terminal
-QUICK = {"steps": 36, "lr": 0.02, "hold": 48, "searched": 0}  # less than the defaults, so that three budgets take minutes
+QUICK: dict[str, Any] = {"steps": 36, "lr": 0.02, "hold": 48, "searched": 0}  # less than the defaults, so that three budgets take minutes
 # What the fresh process does: it knows the name of the model and the file.
 FRESH = """
 import json, sys

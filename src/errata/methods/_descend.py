@@ -38,6 +38,9 @@ CONTENT = 0.02  # mean loss of the examples at which a point inside the ball is 
 CHECK_EVERY = 16  # steps between two measurements of the constraint
 HURT = 0.3  # nats that a held row has lost when it counts as hurt
 LAM_STEP = 1.4  # what the multiplier rises by where the increase is over epsilon, and falls by where it is under half of it
+LOOKS = (250, 1000, 2000)  # documents that it is measured on, never among those whose KL is minimised: no more of them than it takes
+HURT = 0.3  # nats that a held row has lost when it counts as hurt
+LAM_STEP = 1.4  # what the multiplier rises by where the increase is over epsilon, and falls by where it is under half of it
 CHECKED = 2000  # documents that it is measured on, at most; never among those whose KL is minimised
 LOOK = 1000  # how many of them at a time: most points are plainly inside or plainly outside after the first
 
@@ -152,11 +155,12 @@ class Descent:
         spoken = spoken_of(host, self.examples, given)
         documents, near = held_still(host, self.examples, spoken, given, settings.neighbours, run.seed)
         self.rng.shuffle(documents)
-        n = max(1, min(len(documents) // 4, CHECKED))
+        n = max(1, min(len(documents) // 4, LOOKS[-1]))
         others = documents[n:]
-        self.checked = [hosts.chunks(host, documents[i : min(i + LOOK, n)]) for i in range(0, n, LOOK)]
+        drawn = others[: max(settings.searched, settings.steps * settings.hold)]  # more are never needed
+        self.checked = [hosts.chunks(host, documents[a : min(b, n)]) for a, b in zip((0, *LOOKS), LOOKS, strict=False) if a < n]
         self.before_N2 = torch.zeros(0, 2, dtype=torch.float64)
-        self.held = hosts.chunks(host, others) or self.checked[0]
+        self.held = hosts.chunks(host, drawn) or self.checked[0]
         self.pool = self.held + hosts.chunks(host, near)
         self.pool_N2 = torch.full((len(self.pool), 2), math.nan, dtype=torch.float64)  # base scores of those searched so far
         self.hurt: list[int] = []
@@ -250,7 +254,8 @@ class Descent:
                 self.before_N2 = torch.cat([self.before_N2, hosts.score(self.host, part)])
             after_N2 = torch.cat([after_N2, hosts.score(self.host, part, weights)])
             mean, upper = hosts.increase(self.before_N2[: len(after_N2)], after_N2)
-            if upper <= epsilon or 2 * mean - upper > epsilon:
+            # a single flipped fact among few documents would look like a point that is plainly outside
+            if upper <= epsilon or (len(after_N2) >= LOOKS[1] and 2 * mean - upper > epsilon):
                 break
         return mean, upper
 

@@ -29,11 +29,11 @@ class Lora(Method):
     fraction: float = 0.5
     scale: float = 2.0
     steps: int = 40
-    lr: float = 0.06
-    lam: float = 30.0
+    lr: float = 0.3
+    lam: float = 100.0
     contexts: int = 1
-    restated: int = 16
-    neighbours: int = 8
+    restated: int = 8
+    neighbours: int = 4
     hold: int = 32
     searched: int = 0
     damping: float | None = 0.1
