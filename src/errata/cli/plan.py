@@ -18,10 +18,10 @@ from errata.cli.shown import table
 from errata.hosts import Host
 from errata.types import Example, InvalidExample, Method
 
-COPIES = 5  # float32 each: master, gradient, two moments, best so far
+COPIES = 5  # float32 each: the trained part, its gradient, momentum, running mean and best point
 SAMPLED = (384, 96)  # documents that `text.sampled` draws where there is no reference text, and their tokens
 # tokens, steps and documents, as in text.py, hosts.py and methods/
-CHUNK, PREFIX, NEIGHBOUR, ANSWER, CHECK_EVERY, CHECKED, TRIED = 128, 40, 24, 12, 16, 2000, 600
+CHUNK, PREFIX, NEIGHBOUR, ANSWER, CHECK_EVERY, CHECKED, TRIED = 128, 40, 24, 12, 16, 1000, 600
 
 
 def estimate(host: Host, examples: Sequence[Example], made: Method, reference: Path | None) -> tuple[dict[str, Any], Table]:
