@@ -155,7 +155,7 @@ class Descent:
         spoken = spoken_of(host, self.examples, given)
         documents, near = held_still(host, self.examples, spoken, given, settings.neighbours, run.seed)
         self.rng.shuffle(documents)
-        n = max(1, min(len(documents) // 4, LOOKS[-1]))
+        n = max(2, min(len(documents) // 4, LOOKS[-1]))  # the bound needs two
         others = documents[n:]
         drawn = others[: max(settings.searched, settings.steps * settings.hold)]  # more are never needed
         self.checked = [hosts.chunks(host, documents[a : min(b, n)]) for a, b in zip((0, *LOOKS), LOOKS, strict=False) if a < n]
@@ -248,11 +248,13 @@ class Descent:
 
         Looking again and again makes the bound a little weaker than 95 %: it steers the descent, the gate's is the one that counts.
         """
-        after_N2 = torch.zeros(0, 2, dtype=torch.float64)
+        after_N2, mean, upper = torch.zeros(0, 2, dtype=torch.float64), math.inf, math.inf
         for part in self.checked:
             if len(self.before_N2) == len(after_N2):
                 self.before_N2 = torch.cat([self.before_N2, hosts.score(self.host, part)])
             after_N2 = torch.cat([after_N2, hosts.score(self.host, part, weights)])
+            if len(after_N2) < 2:
+                continue
             mean, upper = hosts.increase(self.before_N2[: len(after_N2)], after_N2)
             # a single flipped fact among few documents would look like a point that is plainly outside
             if upper <= epsilon or (len(after_N2) >= LOOKS[1] and 2 * mean - upper > epsilon):
