@@ -147,13 +147,13 @@ def test_order_and_batch_size_change_nothing(row: Row, host: Host) -> None:
 @pytest.mark.slow
 @rows
 def test_order_and_batch_size_change_nothing_on_the_lab_model(row: Row) -> None:
-    """With the method's own settings, but for the number of steps: two looks at the constraint."""
+    """With the method's own rates and whitening, and one look at the constraint."""
     host = hosts.load("lab/neox", device="cpu")
     examples = tuple(case.example for case in tasks.cases("test", 5, "wrong"))
     run = Run(hold=text.standing(host)[0][:400])
 
     def edited(*examples: Example, **more: object) -> Patch:
-        return make(row.method, steps=20, **more).edit(host, examples, run)
+        return make(row.method, **{"steps": 10, "hold": 32, "neighbours": 4} | more).edit(host, examples, run)
 
     whole = edited(*examples)
     assert max(float(apply.change(host, op).abs().max()) for op in whole.ops) > 1e-3, "or the same would prove nothing"

@@ -114,7 +114,10 @@ def _merged(host: Host, patch: Patch, draft: Path) -> Any:
         host.model.save_pretrained(draft)
         host.tokenizer.save_pretrained(draft)
         merged = hosts.weights_id(host.model)
-    read_back = hosts.load(str(draft), str(host.device), host.model.dtype)
+    try:
+        read_back = hosts.load(str(draft), str(host.device), host.model.dtype)
+    except WrongBase as e:
+        raise LedgerError(f"The exported weights of {host.name} under patch {patch.id} are not all numbers. The folder was removed.") from e
     if read_back.base_id != merged:
         raise LedgerError(f"The exported weights are not those of {host.name} under patch {patch.id}. The folder was removed.")
     return read_back.model
