@@ -190,9 +190,14 @@ class Host:
 
 
 def weights_id(model: nn.Module) -> str:
-    """Hash of every parameter, tied ones once. Taken over float32 values, so that bf16 weights loaded as float32 keep their id."""
+    """Hash of every parameter, tied ones once, and of the buffers that are saved with them (a Backpack's overridden senses).
+
+    Taken over float32 values, so that bf16 weights loaded as float32 keep their id.
+    """
     parts: list[bytes | str] = ["weights"]
-    for name, p in sorted(model.named_parameters()):
+    saved = model.state_dict()
+    buffers = ((name, b) for name, b in model.named_buffers() if name in saved)
+    for name, p in sorted([*model.named_parameters(), *buffers], key=lambda named: named[0]):
         parts += [name, str(tuple(p.shape)), tensor_bytes(p.float())]
     return digest(*parts)
 
