@@ -55,6 +55,16 @@ def _llama_like(
 
 _LLAMA = _llama_like()
 LAYOUTS: dict[str, Layout] = {
+    "backpack": Layout(  # its trunk; the sense network beside it has no blocks
+        blocks="backpack.gpt2_model.h",
+        attention_in=("attn.c_attn",),
+        attention_out="attn.c_proj",
+        mlp_in=("mlp.c_fc",),
+        mlp_out="mlp.c_proj",
+        norm="backpack.gpt2_model.ln_f",
+        embedding="backpack.gpt2_model.wte",
+        head="lm_head",
+    ),
     "gpt2": Layout(
         blocks="transformer.h",
         attention_in=("attn.c_attn",),
@@ -237,6 +247,8 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
+
+    import errata.models.backpack  # noqa: F401  (makes the architecture known to AutoModelForCausalLM)
 
     path = name
     if name.startswith("lab/"):
