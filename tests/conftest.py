@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import errata.models.backpack  # noqa: F401  (AutoConfig knows it from now on)
 from errata.hosts import Host, host_of, load
 
 settings.register_profile(
@@ -41,6 +42,7 @@ _MLP = {"intermediate_size": 64}
 _GROUPED = _WIDE | _MLP | {"num_key_value_heads": 2}
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
 CONFIGS: dict[str, dict[str, Any]] = {
+    "backpack": _GPT2 | {"num_senses": 4},
     "gpt2": _GPT2,
     "gpt_neo": {
         **{"vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": CONTEXT},

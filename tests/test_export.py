@@ -55,7 +55,7 @@ def low_rank(host: Host, scales: tuple[float, ...] = (2.0,), ranks: tuple[int, .
     return patch_of(host, *ops)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "backpack"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [dense, low_rank])
 def test_a_model_is_read_back_bit_for_bit(family: str, dtype: torch.dtype, make: Callable[[Host], Patch], tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_model_is_read_back_bit_for_bit(family: str, dtype: torch.dtype, make:
         assert hosts.greedy(host, [EXAMPLE.prompt]) == hosts.greedy(fresh, [EXAMPLE.prompt])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "backpack"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_adapter_on_the_base_answers_as_the_patched_host(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     import peft

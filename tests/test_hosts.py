@@ -69,6 +69,7 @@ def test_every_name_in_the_layout_is_a_module_with_a_weight(host: Host) -> None:
     names = host.module_names(parts)
     assert len(names) == len(set(names)) == 2 * len(parts)
     linear = {n for n, m in host.model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+    linear = {n for n in linear if ".sense_" not in n}  # a Backpack's sense network stands beside the trunk
     assert linear == {*names, layout.head}, "the layout names every projection, and nothing else"
     for name in (layout.norm, layout.embedding, layout.head):
         assert host.model.get_submodule(name).weight is not None
@@ -90,9 +91,9 @@ def test_projections_have_the_shapes_that_their_names_promise(host: Host) -> Non
 
 @every_family
 def test_only_conv1d_is_stored_transposed(host: Host) -> None:
-    transposed = {n for n, m in host.model.named_modules() if stored_transposed(m)}
+    transposed = {n for n, m in host.model.named_modules() if stored_transposed(m) and ".sense_" not in n}
     parts = [*host.layout.attention_in, host.layout.attention_out, *host.layout.mlp_in, host.layout.mlp_out]
-    assert transposed == (set(host.module_names(parts)) if host.layout is LAYOUTS["gpt2"] else set())
+    assert transposed == (set(host.module_names(parts)) if host.layout in (LAYOUTS["gpt2"], LAYOUTS["backpack"]) else set())
 
 
 def test_module_names_of_chosen_layers(tiny_gpt2: Host) -> None:

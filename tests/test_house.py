@@ -12,7 +12,7 @@ SOURCE = Path(errata.__file__).parent
 ROOT = SOURCE.parents[1]
 # From top to bottom as in the README: a room may import only rooms above it, whether at the top of the file or inside a function.
 ORDER = (
-    ("types", "lab.world", "lab.freeze"),
+    ("types", "models", "lab.world", "lab.freeze"),
     ("lab.corpus",),
     ("artefact",),
     ("hosts",),

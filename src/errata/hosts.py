@@ -55,6 +55,16 @@ def _llama_like(
 
 _LLAMA = _llama_like()
 LAYOUTS: dict[str, Layout] = {
+    "backpack": Layout(  # its trunk; the sense network beside it has no blocks
+        blocks="backpack.gpt2_model.h",
+        attention_in=("attn.c_attn",),
+        attention_out="attn.c_proj",
+        mlp_in=("mlp.c_fc",),
+        mlp_out="mlp.c_proj",
+        norm="backpack.gpt2_model.ln_f",
+        embedding="backpack.gpt2_model.wte",
+        head="lm_head",
+    ),
     "gpt2": Layout(
         blocks="transformer.h",
         attention_in=("attn.c_attn",),
@@ -190,9 +200,14 @@ class Host:
 
 
 def weights_id(model: nn.Module) -> str:
-    """Hash of every parameter, tied ones once. Taken over float32 values, so that bf16 weights loaded as float32 keep their id."""
+    """Hash of every parameter, tied ones once, and of the buffers that are saved with them (a Backpack's overridden senses).
+
+    Taken over float32 values, so that bf16 weights loaded as float32 keep their id.
+    """
     parts: list[bytes | str] = ["weights"]
-    for name, p in sorted(model.named_parameters()):
+    saved = model.state_dict()
+    buffers = ((name, b) for name, b in model.named_buffers() if name in saved)
+    for name, p in sorted([*model.named_parameters(), *buffers], key=lambda named: named[0]):
         parts += [name, str(tuple(p.shape)), tensor_bytes(p.float())]
     return digest(*parts)
 
@@ -232,6 +247,8 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
+
+    import errata.models.backpack  # noqa: F401  (makes the architecture known to AutoModelForCausalLM)
 
     path = name
     if name.startswith("lab/"):
