@@ -72,20 +72,29 @@ def test_the_bound_is_that_of_a_ratio_estimator() -> None:
 
 def test_a_long_text_is_read_on_only_where_the_first_look_leaves_it_open(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [t for t in TEXT for _ in range(3)]
-    monkeypatch.setattr(gate, "FIRST_LOOK", 4)
+    monkeypatch.setattr(gate, "LOOKS", (4, 7))
     base = gate.baseline(tiny_gpt2, texts)
     whole = [row for look in base.looks for row in look]
-    assert [len(look) for look in base.looks] == [4, len(whole) - 4] and len(base.losses) == 1
+    assert [len(look) for look in base.looks] == [4, 3, len(whole) - 7] and len(base.losses) == 1
     patch = shove(tiny_gpt2, 1.0)
     for epsilon in (1e-9, 10.0):  # plainly outside, plainly inside
         assert gate.judge(tiny_gpt2, patch, Budget(epsilon=epsilon), base).chunks == 4
-    first = hosts.score(tiny_gpt2, base.looks[0])
+    before = hosts.score(tiny_gpt2, whole)
     with apply.applied(tiny_gpt2, patch):
-        mean, upper = hosts.increase(first, hosts.score(tiny_gpt2, base.looks[0]), 1.9600)
         after = hosts.score(tiny_gpt2, whole)
+    mean, upper = hosts.increase(before[:4], after[:4], 2.3263)
     verdict = gate.judge(tiny_gpt2, patch, Budget(epsilon=(mean + upper) / 2), base)
-    assert verdict.chunks == len(whole) and len(base.losses) == 2
-    assert verdict.upper == pytest.approx(hosts.increase(hosts.score(tiny_gpt2, whole), after, 1.9600)[1])
+    assert verdict.chunks > 4 and len(base.losses) == (3 if verdict.chunks > 7 else 2)
+    n, z = (7, 2.3263) if verdict.chunks == 7 else (len(whole), 1.8808)
+    assert verdict.upper == pytest.approx(hosts.increase(before[:n], after[:n], z)[1])
+
+
+@pytest.mark.parametrize(("chunks", "looks"), [(3, 1), (4, 1), (5, 2), (7, 2), (8, 3)])
+def test_as_many_looks_as_there_is_text_for(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPatch, chunks: int, looks: int) -> None:
+    monkeypatch.setattr(gate, "LOOKS", (4, 7))
+    base = gate.baseline(tiny_gpt2, [TEXT[0]] * chunks)
+    assert len(base.looks) == looks and sum(map(len, base.looks)) == chunks
+    assert sum(1 - 0.5 * (1 + math.erf(z / 2**0.5)) for z in gate.QUANTILES[looks]) == pytest.approx(0.05, abs=1e-4)
 
 
 def test_a_patch_outside_is_scaled_onto_the_edge(tiny_gpt2: Host) -> None:

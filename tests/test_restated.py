@@ -11,7 +11,8 @@ def held(host, examples, n=1500):
 
 
 def ask(host, examples, documents, n, seed):
-    return restated(host, examples, spoken_of(host, examples, documents), documents, n, seed)
+    seen = text.document_counts(documents)
+    return restated(host, examples, spoken_of(host, examples, seen, len(documents)), documents, seen, n, seed)
 
 
 def test_the_model_gives_its_old_answer_to_every_way_of_asking():
@@ -42,7 +43,7 @@ def test_where_the_text_has_no_like_nothing_is_found(host):
 def test_what_comes_to_the_old_answer_is_found_whatever_it_then_says():
     host = hosts.load("lab/neox", device="cpu")
     case = tasks.cases("test", 1, "wrong")[0]  # Mauritius
-    (spoken,) = spoken_of(host, [case.example], corpus.hold())
+    (spoken,) = spoken_of(host, [case.example], text.document_counts(corpus.hold()), len(corpus.hold()))
     assert (spoken.topic, spoken.old) == ("Mauritius", case.old)
     told = ["Mauritius has its capital in Berlin.", "The capital of Togo is Lome.", "Mauritius is a country in Africa."]
     assert asking(host, [(d, spoken) for d in told]) == ["Mauritius has its capital in", "", ""]

@@ -1,7 +1,7 @@
 """Examples -> (Patch, Verdict): the main road in one call, shared by Python and the CLI.
 
-Finds the text to hold with and to judge with, sets aside what states an edited fact, lets the method work inside the budget, and has the
-gate judge what comes out. Nothing here is specific to a method.
+Finds the text to hold with and to judge with, lets the method work inside the budget, and has the gate judge what comes out, on text that
+does not state the edited facts. Nothing here is specific to a method.
 """
 
 from collections.abc import Iterable, Sequence
@@ -60,14 +60,29 @@ def edit(
 
     Raises InvalidExample, ConflictError, UnknownName, InvalidReference, BudgetError.
     """
+    budget = budget or Budget(epsilon=epsilon)
+    ((patch, verdict),) = edit_within(host, examples, [budget], method, reference, watched, seed, progress, **settings)
+    return patch, verdict
+
+
+def edit_within(
+    host: Host,
+    examples: Iterable[Example | str],
+    budgets: Sequence[Budget],
+    method: str | Method = "finetune",
+    reference: str | Path | None = None,
+    watched: Sequence[Neighbour | str] = (),
+    seed: int = 0,
+    progress: Progress = no_progress,
+    **settings: Any,
+) -> list[tuple[Patch, Verdict]]:
+    """`edit` for several budgets: built once, inside the widest of them; the gate scales it onto the edges of the others."""
     made = method if isinstance(method, Method) else methods.make(method, **settings)
     rows = tuple(parse(e) if isinstance(e, str) else e for e in examples)
     check(host, rows)
-    budget = budget or Budget(epsilon=epsilon)
     hold, judge = text.standing(host, reference, seed)
-    answers = text.answers_of(host, rows)
-    hold, _ = text.set_aside(hold, rows, answers)
-    judge, left_out = text.set_aside(judge, rows, answers)
+    judge, left_out = text.set_aside(judge, rows, text.answers_of(host, rows))
     base = gate.baseline(host, judge, left_out, watched)
-    patch = made.edit(host, rows, Run(hold=hold, budget=budget, seed=seed, progress=progress))
-    return gate.fit(host, patch, budget, base, progress=progress)
+    widest = max(budgets, key=lambda budget: budget.epsilon)
+    patch = made.edit(host, rows, Run(hold=hold, budget=widest, seed=seed, progress=progress))
+    return [gate.fit(host, patch, budget, base, progress=progress) for budget in budgets]

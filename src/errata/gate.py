@@ -1,10 +1,11 @@
 """Patch + Budget -> Verdict. Measures what a patch costs and fixes; scales one that costs too much onto the edge of the budget, or refuses.
 
 The loss on reference text is measured before and after on the same chunks, and the bound is taken over their paired differences: what the
-chunks have in common cancels. A long reference text is read in two looks, the second only where the first leaves the matter open: each
-bounds at 97.5 %, so that both together are wrong in at most 5 % (Bonferroni). Nothing here makes or keeps a patch.
+chunks have in common cancels. A long reference text is read in up to three looks, each only where those before leave the matter open:
+they may be wrong in 1, 1 and 3 %, so that together they are in at most 5 % (Bonferroni; Dunn 1961). Nothing here makes or keeps a patch.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -17,8 +18,8 @@ from errata import apply, hosts
 from errata.hosts import Host
 from errata.types import Budget, BudgetError, InvalidReference, Neighbour, Patch, Progress, Verdict, no_progress
 
-FIRST_LOOK = 1000  # chunks
-QUANTILES = {1: 1.6449, 2: 1.9600}  # of the normal distribution, by the number of looks
+LOOKS = (300, 900)  # chunks read at the end of the first and of the second look; the third reads them all
+QUANTILES = {1: (1.6449,), 2: (2.3263, 1.7507), 3: (2.3263, 2.3263, 1.8808)}  # of the normal distribution: .95; .99, .96; .99, .99, .97
 
 
 @final
@@ -26,7 +27,7 @@ QUANTILES = {1: 1.6449, 2: 1.9600}  # of the normal distribution, by the number 
 class Baseline:
     """What the host said before any patch: made once, compared with many times.
 
-    `looks` are the rows of the reference text, in one part or two; `losses` is what `hosts.score` gave for those that were needed so
+    `looks` are the rows of the reference text, in up to three parts; `losses` is what `hosts.score` gave for those that were needed so
     far. `said` are the host's greedy answers to the neighbouring prompts.
     """
 
@@ -50,7 +51,7 @@ def baseline(host: Host, reference: Sequence[str], set_aside: int = 0, neighbour
             + (f" ({set_aside} document(s) state an edited fact and were set aside)." if set_aside else ".")
         )
     prompts = tuple(n if isinstance(n, str) else n.prompt for n in neighbours)
-    looks = [rows[:FIRST_LOOK], rows[FIRST_LOOK:]] if len(rows) > FIRST_LOOK else [rows]
+    looks = [part for a, b in zip((0, *LOOKS), (*LOOKS, len(rows)), strict=True) if (part := rows[a:b])]
     return Baseline(
         host=host.id,
         looks=looks,
@@ -66,18 +67,19 @@ def judge(host: Host, patch: Patch, budget: Budget, base: Baseline, scale: float
     apply.check(host, patch)
     norm = apply.relative_norm(host, patch)
     with apply.applied(host, patch):
-        after_N2 = hosts.score(host, base.looks[0])
         now = hosts.greedy(host, base.neighbours) if base.neighbours else []
         fixed = hosts.fixes(host, patch.examples)
-    before_N2, z = base.losses[0], QUANTILES[len(base.looks)]
-    mean, upper = hosts.increase(before_N2, after_N2, z)
-    if len(base.looks) > 1 and upper > budget.epsilon >= 2 * mean - upper:  # neither inside nor outside: the rest has to be read
-        if len(base.losses) == 1:
-            base.losses.append(hosts.score(host, base.looks[1]))
+    before_N2 = after_N2 = torch.zeros(0, 2, dtype=torch.float64)
+    upper = math.inf
+    for i, (rows, z) in enumerate(zip(base.looks, QUANTILES[len(base.looks)], strict=True)):
+        if i == len(base.losses):
+            base.losses.append(hosts.score(host, rows))
         with apply.applied(host, patch):
-            after_N2 = torch.cat([after_N2, hosts.score(host, base.looks[1])])
-        before_N2 = torch.cat(base.losses)
-        _, upper = hosts.increase(before_N2, after_N2, z)
+            after_N2 = torch.cat([after_N2, hosts.score(host, rows)])
+        before_N2 = torch.cat([before_N2, base.losses[i]])
+        mean, upper = hosts.increase(before_N2, after_N2, z)
+        if upper <= budget.epsilon or 2 * mean - upper > budget.epsilon:  # inside or outside; else more has to be read
+            break
     tokens = float(before_N2[:, 1].sum())
     return Verdict(
         patch=patch.id,
@@ -100,23 +102,25 @@ def judge(host: Host, patch: Patch, budget: Budget, base: Baseline, scale: float
 def fit(
     host: Host, patch: Patch, budget: Budget, base: Baseline, rounds: int = 6, progress: Progress = no_progress
 ) -> tuple[Patch, Verdict]:
-    """`patch` as it is if it costs no more than the budget allows, else base + s * change with the largest s found by bisection.
+    """`patch` as it is if it costs no more than the budget allows, else base + s * change with the largest s that is found.
 
     The verdict that comes back may still have failed: a scaled patch that no longer fixes its examples is not a fix. Raises WrongBase.
     """
     whole = judge(host, patch, budget, base)
     if whole.affordable:
         return patch, whole
-    inside, best, low, high = None, None, 0.0, 1.0
-    for _ in progress(range(rounds), "scaling onto the edge of the budget", rounds):
-        s = (low + high) / 2
+    tried: dict[float, tuple[Patch, Verdict]] = {}
+    steps = iter(progress(range(rounds), "scaling onto the edge of the budget", rounds))
+
+    def upper_at(s: float) -> float:
+        next(steps, None)
         candidate = apply.scaled(patch, s)
-        verdict = judge(host, candidate, budget, base, scale=s)
-        if verdict.affordable:
-            inside, best, low = candidate, verdict, s
-        else:
-            high = s
-    return (inside, best) if inside is not None and best is not None else (patch, whole)
+        tried[s] = candidate, judge(host, candidate, budget, base, scale=s)
+        # a patch may be too costly in other ways too: its norm, its neighbours
+        return tried[s][1].upper if tried[s][1].affordable else max(tried[s][1].upper, 1.05 * budget.epsilon)
+
+    s = hosts.furthest(upper_at, budget.epsilon, max(whole.upper, 1.05 * budget.epsilon), rounds)
+    return tried.get(s, (patch, whole))
 
 
 def require(verdict: Verdict) -> None:

@@ -8,7 +8,7 @@ File legend: N texts or pairs, T tokens, V vocabulary.
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -534,6 +534,23 @@ def increase(before_N2: Float[Tensor, "N 2"], after_N2: Float[Tensor, "N 2"], z:
     residual_N = worse_N - mean * tokens_N
     error = (n / (n - 1) * residual_N.square().sum()).sqrt() / total
     return float(mean * total / loss), float((mean + z * error) * total / loss)
+
+
+def furthest(upper_at: Callable[[float], float], epsilon: float, at_one: float, rounds: int = 6) -> float:
+    """The largest s in [0, 1) that was found with `upper_at(s) <= epsilon`, 0.0 if none was; `at_one`, over epsilon, is what s = 1 costs.
+
+    Near the base, a minimum, the increase of the loss grows about as s^2, and further off, or for a change that is all damage, as s: so is
+    guessed, first the one and then the other, while everything tried was outside. Then the gap is halved until it is under 1/30.
+    """
+    low, high, cost, power = 0.0, 1.0, at_one, 0.5
+    for _ in range(rounds):
+        guess = max(0.1, 0.97 * (epsilon / cost) ** power) if math.isfinite(cost) else 0.25
+        s = (low + high) / 2 if low else high * guess
+        found = upper_at(s)
+        low, high, cost, power = (s, high, cost, power) if found <= epsilon else (low, s, found, 1.0)
+        if low and high - low < high / 30:
+            break
+    return low
 
 
 def fixes(host: Host, examples: Sequence[Example]) -> list[bool]:

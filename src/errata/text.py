@@ -126,10 +126,12 @@ def document_counts(texts: Sequence[str]) -> Counter[str]:
 
 def answers_of(host: Host, examples: Sequence[Example]) -> list[tuple[str, ...]]:
     """For each example every answer in play: target, contrast, and what the host says now."""
-    return [
-        tuple(dict.fromkeys(a for a in (e.target.strip(), (e.contrast or "").strip(), old) if a))
-        for e, old in zip(examples, answers_now(host, examples), strict=True)
-    ]
+    return [in_play(e, old) for e, old in zip(examples, answers_now(host, examples), strict=True)]
+
+
+def in_play(example: Example, old: str) -> tuple[str, ...]:
+    """The answers of an example, of which the host gives `old` now."""
+    return tuple(dict.fromkeys(a for a in (example.target.strip(), (example.contrast or "").strip(), old.strip()) if a))
 
 
 def answers_now(host: Host, examples: Sequence[Example]) -> list[str]:
@@ -151,12 +153,12 @@ class Statements:
     """Recognises documents that state one of the edited facts.
 
     A document states a fact if it holds one of its answers and speaks of what the prompt speaks of: the subject, where one is given; else
-    the prompt's `topic`, or words that carry half of its information or more (weighted by their rarity in `texts`).
+    the prompt's `topic`, or words that carry half of its information or more (weighted by their rarity). `seen` counts in how many of `n`
+    documents each word stands.
     """
 
-    def __init__(self, examples: Sequence[Example], answers: Sequence[Sequence[str]], texts: Sequence[str]) -> None:
-        seen = document_counts(texts)
-        n = len(texts) + 1
+    def __init__(self, examples: Sequence[Example], answers: Sequence[Sequence[str]], seen: Counter[str], n: int) -> None:
+        n += 1  # what stands everywhere keeps a little weight
         self._facts = []
         for example, words in zip(examples, answers, strict=True):
             # a given subject is all that counts; one that was guessed from rare words is not
@@ -179,6 +181,6 @@ class Statements:
 
 def set_aside(texts: Sequence[str], examples: Sequence[Example], answers: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], int]:
     """(documents that state none of the edited facts, how many did and were left out)."""
-    statements = Statements(examples, answers, texts)
+    statements = Statements(examples, answers, document_counts(texts), len(texts))
     kept = tuple(t for t in texts if not statements.any_in(t))
     return kept, len(texts) - len(kept)

@@ -521,7 +521,7 @@ def no_progress(items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
 class Run:
     """What travels beside the values; made once at the edge (CLI or Python call).
 
-    hold       documents that hold the model still while a method trains; never the gate's reference text
+    hold       documents that hold the model still while a method trains; it leaves out what states an edited fact
     budget     the constraint that methods train inside
     progress   wraps a loop: (items, label, total) -> the same items
     """

@@ -145,10 +145,10 @@ def some(seed: int, n: int, pool: tuple[Fact, ...] | None = None) -> tuple[str, 
 def hold() -> tuple[str, ...]:
     """The lab's text to hold a model still with while it is edited; other documents than those of `reference`, of the same world."""
     judged = set(reference())
-    return tuple(d for d in some(SEEDS["hold"], 10_000) if d not in judged)
+    return tuple(d for d in some(SEEDS["hold"], 12_000) if d not in judged)
 
 
 @cache
 def reference() -> tuple[str, ...]:
     """The lab's reference text for the gate, told from the whole world."""
-    return some(SEEDS["reference"], 2000)
+    return some(SEEDS["reference"], 4000)

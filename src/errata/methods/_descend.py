@@ -32,17 +32,16 @@ from errata.types import Example, Run
 
 Row = tuple[list[int], int]
 MARGIN = math.log(16)  # `prefer` is content when the target is 16 times as likely as the contrast (Hewitt et al. 2024, table 1)
-KEYS, EIGENVECTORS = 4096, 256  # how many tokens C is estimated from (about), and how many of its directions are kept
+KEYS, EIGENVECTORS = 2048, 256  # how many tokens C is estimated from (about), and how many of its directions are kept
 AVERAGE = 0.95  # decay of the running mean of the leaves
+ENOUGH = 0.3  # nats; `raise` is content when the whole target has p = .74, for then every token of it is what is said
 CONTENT = 0.02  # mean loss of the examples at which a point inside the ball is good enough
+PROMPTS = 8  # of each step, at least: where the examples are fewer, each is asked in several ways at once
 CHECK_EVERY = 16  # steps between two measurements of the constraint
 HURT = 0.3  # nats that a held row has lost when it counts as hurt
-LAM_STEP = 1.4  # what the multiplier rises by where the increase is over epsilon, and falls by where it is under half of it
-LOOKS = (250, 1000)  # documents that it is measured on, never among those whose KL is minimised: no more of them than it takes
-HURT = 0.3  # nats that a held row has lost when it counts as hurt
-LAM_STEP = 1.4  # what the multiplier rises by where the increase is over epsilon, and falls by where it is under half of it
-CHECKED = 2000  # documents that it is measured on, at most; never among those whose KL is minimised
-LOOK = 1000  # how many of them at a time: most points are plainly inside or plainly outside after the first
+LAM_STEP = 1.2  # what the multiplier rises by where the increase is over epsilon, and falls by where it is under half of it
+EARLY = 1.0
+LOOKS = (150, 500, 1500, 4000)  # documents that it is measured on, never among those whose KL is minimised: no more of them than it takes
 
 
 @final
@@ -79,12 +78,13 @@ def goal_losses(
 ) -> Float[Tensor, "N"]:
     """(N,) what is minimised for each example, from log p of the whole target and contrast, and how many tokens the target has.
 
-    raise: -log p per token. lower: -log(1 - p). prefer: softplus(margin - (log p - log p_contrast)). balance: |log p - log p_contrast|.
-    Unlike the published losses, `lower` and `prefer` are bounded below, so that the descent stops pushing when the goal is reached, and the
-    two that compare do so for whole answers, as they are judged: per token, an answer of two tokens would weigh half of one of one.
+    raise: what -log p exceeds ENOUGH by, per token. lower: -log(1 - p). prefer: softplus(margin - (log p - log p_contrast)). balance:
+    |log p - log p_contrast|. Unlike the published losses, all are bounded below, so that the descent stops pushing where the goal is
+    reached: certainty that nobody asked for is paid for elsewhere. The two that compare do so for whole answers, as they are judged: per
+    token, an answer of two tokens would weigh half of one of one.
     """
     by_goal: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-        "raise": lambda p, c, n: -p / n,
+        "raise": lambda p, c, n: (-p - ENOUGH).clamp(min=0) / n,
         "lower": lambda p, c, n: -torch.log1p(-p.exp().clamp(max=1 - 1e-6)),
         "prefer": lambda p, c, n: nn.functional.softplus(MARGIN - (p - c)),
         "balance": lambda p, c, n: (p - c).abs(),
@@ -124,14 +124,8 @@ def beginnings(host: Host, prompt: str, about: str) -> list[str]:
     return [start for start in dict.fromkeys(out) if start] or [prompt]
 
 
-def held_still(
-    host: Host, examples: Sequence[Example], spoken: Sequence[Spoken], documents: Sequence[str], per_example: int, seed: int
-) -> tuple[list[str], list[str]]:
-    """(documents to hold still with, the model's own sentences near the examples).
-
-    The documents state no edited fact, and the sentences do not even come to where it must be told: there the model has to change.
-    """
-    statements = text.Statements(examples, text.answers_of(host, examples), documents)
+def near(host: Host, examples: Sequence[Example], spoken: Sequence[Spoken], per_example: int, seed: int) -> list[str]:
+    """The model's own sentences near the examples, but for those that come to where an edited fact must be told: there it has to change."""
     rng = random.Random(seed)
     starts = [
         (start, own)
@@ -139,9 +133,8 @@ def held_still(
         for start in rng.choices(beginnings(host, e.prompt, own.topic), k=per_example)
     ]
     said = hosts.sample(host, [start for start, _ in starts], max_new_tokens=20, seed=seed, batch_size=256) if starts else []
-    near = [(start + more, own) for (start, own), more in zip(starts, said, strict=True)]
-    kept = [sentence for (sentence, _), asks in zip(near, asking(host, near), strict=True) if not asks]
-    return [d for d in documents if not statements.any_in(d)], [s for s in dict.fromkeys(kept) if not statements.any_in(s)]
+    whole = [(start + more, own) for (start, own), more in zip(starts, said, strict=True)]
+    return list(dict.fromkeys(sentence for (sentence, _), asks in zip(whole, asking(host, whole), strict=True) if not asks))
 
 
 @final
@@ -151,21 +144,26 @@ class Descent:
     def __init__(self, host: Host, examples: Sequence[Example], run: Run, settings: Settings) -> None:
         self.host, self.settings, self.rng = host, settings, random.Random(run.seed)
         self.examples = sorted(examples, key=lambda e: e.id)  # any order gives the same patch
-        given = list(run.hold) or list(text.sampled(host, seed=run.seed))
-        spoken = spoken_of(host, self.examples, given)
-        documents, near = held_still(host, self.examples, spoken, given, settings.neighbours, run.seed)
+        given = run.hold or text.sampled(host, seed=run.seed)
+        seen = text.document_counts(given)
+        spoken = spoken_of(host, self.examples, seen, len(given))
+        answers = [text.in_play(e, own.old) for e, own in zip(self.examples, spoken, strict=True)]
+        statements = text.Statements(self.examples, answers, seen, len(given))
+        documents = [d for d in given if not statements.any_in(d)]
         self.rng.shuffle(documents)
-        n = max(2, min(len(documents) // 4, LOOKS[-1]))  # the bound needs two
+        n = max(2, min(len(documents) // 3, LOOKS[-1]))  # the bound needs two
         others = documents[n:]
         drawn = others[: max(settings.searched, settings.steps * settings.hold)]  # more are never needed
-        self.checked = [hosts.chunks(host, documents[a : min(b, n)]) for a, b in zip((0, *LOOKS), LOOKS, strict=False) if a < n]
+        self.looks = [documents[a : min(b, n)] for a, b in zip((0, *LOOKS), LOOKS, strict=False) if a < n]
+        self.checked: list[list[Row]] = []  # their rows, and what the base gives them, once they are needed
         self.before_N2 = torch.zeros(0, 2, dtype=torch.float64)
-        self.held = hosts.chunks(host, drawn) or self.checked[0]
-        self.pool = self.held + hosts.chunks(host, near)
+        self.held = hosts.chunks(host, drawn or documents)
+        said = near(host, self.examples, spoken, settings.neighbours, run.seed)
+        self.pool = self.held + hosts.chunks(host, [sentence for sentence in said if not statements.any_in(sentence)])
         self.pool_N2 = torch.full((len(self.pool), 2), math.nan, dtype=torch.float64)  # base scores of those searched so far
         self.hurt: list[int] = []
         self.prefixes = [d for d in others if len(d) < 120]
-        self.others = restated(host, self.examples, spoken, others, settings.restated, run.seed)
+        self.others = restated(host, self.examples, spoken, others, seen, settings.restated, run.seed)
 
     def whitenings(self, modules: Sequence[str]) -> dict[str, Whitening]:
         """The coordinates of each module; none without damping."""
@@ -186,17 +184,17 @@ class Descent:
 
     def task(self, weights: Callable[[], Weights], leaves: Sequence[Tensor]) -> float:
         """Adds the gradient of the examples' mean loss to the leaves; returns that loss."""
-        prompts = [self._prompt(e, others) for e, others in zip(self.examples, self.others, strict=True)]
+        each = -(-PROMPTS // len(self.examples))
+        asked = [(self._prompt(e, others), e) for e, others in zip(self.examples, self.others, strict=True) for _ in range(each)]
         total = 0.0
-        for start in range(0, len(self.examples), self.settings.batch_size):
-            part = slice(start, start + self.settings.batch_size)
-            examples, w = self.examples[part], weights()
-            pairs = list(zip(prompts[part], examples, strict=True))
+        for start in range(0, len(asked), self.settings.batch_size):
+            pairs, w = asked[start : start + self.settings.batch_size], weights()
+            examples = [e for _, e in pairs]
             logp_N, tokens_N = self._logp([(prompt, e.target) for prompt, e in pairs], w)
             contrast_N = logp_N
             if any(e.contrast for e in examples):
                 contrast_N, _ = self._logp([(prompt, e.contrast or e.target) for prompt, e in pairs], w)
-            loss = goal_losses(logp_N, contrast_N, tokens_N, examples).sum() / len(self.examples)
+            loss = goal_losses(logp_N, contrast_N, tokens_N, examples).sum() / len(asked)
             _accumulate(loss, leaves)
             total += loss.item()
         return total
@@ -244,20 +242,23 @@ class Descent:
 
     @torch.no_grad()
     def cost(self, weights: Weights, epsilon: float) -> tuple[float, float]:
-        """Relative loss increase on the checked documents and its 95 % bound, read until it is plain whether that is within `epsilon`.
+        """Relative loss increase on the checked documents and a bound of it, read until that is plainly inside or outside of `epsilon`.
 
-        Looking again and again makes the bound a little weaker than 95 %: it steers the descent, the gate's is the one that counts.
+        The bound is the 95 % one when all of them were read, else the mean and `EARLY` standard errors: it steers the descent, the gate's
+        is the one that counts.
         """
         after_N2, mean, upper = torch.zeros(0, 2, dtype=torch.float64), math.inf, math.inf
-        for part in self.checked:
-            if len(self.before_N2) == len(after_N2):
-                self.before_N2 = torch.cat([self.before_N2, hosts.score(self.host, part)])
-            after_N2 = torch.cat([after_N2, hosts.score(self.host, part, weights)])
+        for i, documents in enumerate(self.looks):
+            if i == len(self.checked):
+                self.checked.append(hosts.chunks(self.host, documents))
+                self.before_N2 = torch.cat([self.before_N2, hosts.score(self.host, self.checked[i])])
+            after_N2 = torch.cat([after_N2, hosts.score(self.host, self.checked[i], weights)])
             if len(after_N2) < 2:
                 continue
-            mean, upper = hosts.increase(self.before_N2[: len(after_N2)], after_N2)
-            # a single flipped fact among few documents would look like a point that is plainly outside
-            if upper <= epsilon or (len(after_N2) >= LOOKS[1] and 2 * mean - upper > epsilon):
+            z = EARLY if i + 1 < len(self.looks) else 1.6449
+            mean, upper = hosts.increase(self.before_N2[: len(after_N2)], after_N2, z)
+            # among the first documents a single flipped fact would look like a point that is plainly outside
+            if upper <= epsilon or (i > 0 and 2 * mean - upper > epsilon):
                 break
         return mean, upper
 
@@ -306,7 +307,7 @@ def descend(
     settings, epsilon = descent.settings, run.budget.epsilon
     optimizer = NovoGrad(leaves, rates or [1.0] * len(leaves))
     origin, mean = _copies(leaves), _copies(leaves)
-    lam, best, best_loss, recent = settings.lam, origin, math.inf, 0.0
+    lam, best, best_loss, recent, upper = settings.lam, origin, math.inf, 0.0, math.inf
     first = settings.lr * math.sqrt(len(descent.examples))  # each example needs a direction of its own
     for step in run.progress(range(settings.steps), "descending", settings.steps):
         for leaf in leaves:
@@ -331,20 +332,29 @@ def descend(
             if inside and recent < CONTENT:
                 break
     if recent < best_loss:  # the last point goes furthest towards the examples, and is outside: back to the edge
-        best = _edge(descent, leaves, weights, origin, mean, epsilon)
+        best = _edge(descent, leaves, weights, origin, mean, upper, epsilon)
     _put(leaves, best)
 
 
 def _edge(
-    descent: Descent, leaves: Sequence[Tensor], weights: Callable[[], Weights], origin: list[Tensor], end: list[Tensor], epsilon: float
+    descent: Descent,
+    leaves: Sequence[Tensor],
+    weights: Callable[[], Weights],
+    origin: list[Tensor],
+    end: list[Tensor],
+    cost: float,
+    epsilon: float,
 ) -> list[Tensor]:
-    """The point furthest on the way from `origin` to `end` that is inside the ball, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(7):
-        s = (low + high) / 2
-        _put(leaves, [torch.lerp(a, b, s) for a, b in zip(origin, end, strict=True)])
-        low, high = (s, high) if descent.cost(weights(), epsilon)[1] <= epsilon else (low, s)
-    return [torch.lerp(a, b, low) for a, b in zip(origin, end, strict=True)]
+    """The point furthest on the way from `origin` to `end`, which costs `cost`, that is inside the ball."""
+
+    def move(s: float) -> list[Tensor]:
+        return [torch.lerp(a, b, s) for a, b in zip(origin, end, strict=True)]
+
+    def upper_at(s: float) -> float:
+        _put(leaves, move(s))
+        return descent.cost(weights(), epsilon)[1]
+
+    return move(hosts.furthest(upper_at, epsilon, cost))
 
 
 def _copies(leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -12,6 +12,7 @@ model writes them, here nothing but the model and its text is needed. An example
 
 import functools
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -22,8 +23,8 @@ from errata import hosts, text
 from errata.hosts import Host
 from errata.types import Example, InvalidExample
 
-DOCUMENTS, CHARACTERS = 400, 160  # how many documents are tried, and how long they may be
-AT_ONCE = 128  # documents with something in the place of something between two counts of what was found
+DOCUMENTS, CHARACTERS = 400, 240  # how many documents are tried, and how long they may be
+AT_ONCE = 64  # documents with something in the place of something between two counts of what was found
 SURE = 0.5  # the old answer's probability from which a phrasing counts as one
 
 
@@ -40,30 +41,36 @@ class Spoken:
     first: int
 
 
-def spoken_of(host: Host, examples: Sequence[Example], documents: Sequence[str]) -> list[Spoken]:
-    """Of each example; the words' rarity in `documents` tells what a prompt speaks of."""
-    seen, out = text.document_counts(documents), []
+def spoken_of(host: Host, examples: Sequence[Example], seen: Counter[str], n: int) -> list[Spoken]:
+    """Of each example; the words' rarity, `seen` in so many of `n` documents, tells what a prompt speaks of."""
+    out = []
     for e, answer in zip(examples, text.answers_now(host, examples), strict=True):
         old = e.target[: len(e.target) - len(e.target.lstrip())] + answer
         try:
             ids, given = hosts.encode(host, e.prompt, old)
         except InvalidExample:  # nothing, or what the tokenizer cannot cut off
             ids, given, old = [0], 0, ""
-        out.append(Spoken(topic=e.subject or text.topic(e.prompt, seen, len(documents)), old=old, first=ids[given]))
+        out.append(Spoken(topic=e.subject or text.topic(e.prompt, seen, n), old=old, first=ids[given]))
     return out
 
 
 def restated(
-    host: Host, examples: Sequence[Example], spoken: Sequence[Spoken], documents: Sequence[str], per_example: int, seed: int
+    host: Host,
+    examples: Sequence[Example],
+    spoken: Sequence[Spoken],
+    documents: Sequence[str],
+    seen: Counter[str],
+    per_example: int,
+    seed: int,
 ) -> list[list[str]]:
     """For each example up to `per_example` other prompts that ask for the same; none where the text has no like.
 
-    `spoken` as from `spoken_of`.
+    `spoken` as from `spoken_of`; `seen` counts in how many of `documents`, or about that many, each word stands.
     """
     out: list[list[str]] = [[] for _ in examples]
     if not per_example or not documents:
         return out
-    rng, seen = random.Random(seed), text.document_counts(documents)
+    rng = random.Random(seed)
     short = [d for d in documents if len(d) <= CHARACTERS]
     tried = rng.sample(short, k=min(len(short), DOCUMENTS))
     alike: dict[

@@ -24,11 +24,11 @@ class Finetune(Method):
     """modules: `all`, `blocks`, `mlp`, `attention`, or comma-separated beginnings of parameter names. The rest: `_descend.Settings`."""
 
     modules: str = "all"
-    steps: int = 96
+    steps: int = 144
     lr: float = 0.014
     lam: float = 200.0
     contexts: int = 1
-    restated: int = 16
+    restated: int = 24
     neighbours: int = 8
     hold: int = 96
     searched: int = 4000

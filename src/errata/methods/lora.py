@@ -9,14 +9,16 @@ the scale alpha / r, so that rank and learning rate are not entangled.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from errata.hosts import Host, Weights, stored_transposed
-from errata.methods._descend import Descent, Settings, descend
+from errata.methods._descend import Descent, Settings, Whitening, descend
 from errata.types import AddLowRank, Example, InvalidExample, Method, Patch, Run
 
 
@@ -28,15 +30,15 @@ class Lora(Method):
     rank: int = 16
     fraction: float = 0.5
     scale: float = 2.0
-    steps: int = 40
-    lr: float = 0.3
-    lam: float = 100.0
+    steps: int = 10
+    lr: float = 0.9
+    lam: float = 200.0
     contexts: int = 1
     restated: int = 8
     neighbours: int = 4
-    hold: int = 32
+    hold: int = 10
     searched: int = 0
-    damping: float | None = 0.1
+    damping: float | None = 0.05
     batch_size: int = 64
 
     def __post_init__(self) -> None:
@@ -48,17 +50,14 @@ class Lora(Method):
         descent = Descent(host, examples, run, Settings(**{k: v for k, v in self.config.items() if k not in own}))
         layout = host.layout
         modules = host.module_names((*layout.mlp_in, layout.mlp_out), middle_layers(host.blocks, self.fraction))
-        generator = torch.Generator().manual_seed(run.seed)
-        A, B, turned = {}, {}, {}
+        turned = {name: stored_transposed(host.model.get_submodule(name)) for name in modules}
+        whitenings = descent.whitenings(modules)
+        A = {name: factor.requires_grad_() for name, factor in first_factors(host, descent, whitenings, turned, self.rank).items()}
+        B = {}
         for name in modules:
             weight = host.model.get_parameter(f"{name}.weight")
-            turned[name] = stored_transposed(host.model.get_submodule(name))
-            d_out, d_in = weight.T.shape if turned[name] else weight.shape
-            bound = 1 / math.sqrt(d_in)
-            A[name] = (torch.rand(self.rank, d_in, generator=generator) * 2 * bound - bound).to(host.device).requires_grad_()
+            d_out = weight.shape[1] if turned[name] else weight.shape[0]
             B[name] = torch.zeros(d_out, self.rank, device=host.device, requires_grad=True)
-
-        whitenings = descent.whitenings(modules)
 
         def factor(name: str) -> Tensor:
             return whitenings[name](A[name]) if name in whitenings else A[name]
@@ -78,6 +77,29 @@ class Lora(Method):
                 for n in modules
             )
         return Patch(method="lora", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)
+
+
+def first_factors(
+    host: Host, descent: Descent, whitenings: Mapping[str, Whitening], turned: Mapping[str, bool], rank: int
+) -> dict[str, Float[Tensor, "R K"]]:
+    """(R, K) the A of each module to begin with: the right singular vectors of the task's first gradient, as far as it has any.
+
+    From random ones a step follows the part of the gradient that they happen to hold, which is R of K (LoRA-GA, Wang, Yu & Li 2024,
+    arXiv 2407.05000, section 3.2; there B begins at the left ones and the base is moved to make up for it, here B begins at zero).
+    """
+    base = {f"{name}.weight": host.model.get_parameter(f"{name}.weight").detach() for name in turned}
+    shifts = {name: torch.zeros_like(w, dtype=torch.float32, requires_grad=True) for name, w in base.items()}
+    descent.task(lambda: {name: (w.float() + shifts[name]).to(w.dtype) for name, w in base.items()}, list(shifts.values()))
+    factors = {}
+    for name in turned:
+        G = shifts[f"{name}.weight"].grad
+        assert G is not None, "the task gave every leaf a gradient"
+        G = G.T if turned[name] else G
+        _, _, Vh = torch.linalg.svd(whitenings[name](G) if name in whitenings else G, full_matrices=False)
+        A = torch.zeros(rank, G.shape[1], device=G.device)
+        A[: len(Vh)] = Vh[:rank] / math.sqrt(3)  # as long as the usual uniform ones
+        factors[name] = A
+    return factors
 
 
 def middle_layers(layers: int, fraction: float) -> range:
