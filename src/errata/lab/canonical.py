@@ -24,16 +24,16 @@ from errata.lab.corpus import (
     paragraph_prompt,
 )
 from errata.lab.world import OPENINGS, Fact, facts, facts_of
-from errata.tasks.canonical import Record, Split, Task, row_of
+from errata.tasks.canonical import Record, Split, Task, row_of, split_of
 from errata.types import Case, Example
 
 PEOPLE = 40  # told of anew in `temporal`, and as many who are not
 KEPT = 2  # of each seven topics or verbs: not edited, so that hard negatives can ask for them
 
 
-def lab_task(name: str, split: Split) -> Task:
+def lab_task(name: str, split: str) -> Task:
     """One of the six tasks on the lab's world; always the same records. Raises UnknownName."""
-    row = row_of(name)
+    row, split = row_of(name), split_of(split)
     examples, records, hard, unconditional = MAKERS[name](split, random.Random(f"{name}/{split}"))
     return Task(
         name=name,
@@ -132,7 +132,8 @@ def _temporal(split: Split, rng: random.Random) -> Parts:
         ]
 
     examples = [
-        Example(prompt=rng.choice(OPENINGS["person"]).format(s=s), target="".join(f" {inner(rng, f)}" for f in new)) for s, new in news.items()
+        Example(prompt=rng.choice(OPENINGS["person"]).format(s=s), target="".join(f" {inner(rng, f)}" for f in new))
+        for s, new in news.items()
     ]
     return examples, spans(news), spans(known), [e.prompt + e.target for e in examples]
 

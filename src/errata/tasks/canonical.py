@@ -29,7 +29,7 @@ from errata.hosts import Host
 from errata.types import Example, Goal, InvalidExample, Score, UnknownName
 
 Split = Literal["validation", "test"]
-Variant = Literal["clean", "published"]
+VARIANTS = ("clean", "published")
 SUFFIX: dict[Split, str] = {"validation": "val", "test": "test"}
 
 # --------------------------------------------------------------------------------------------------------------------------- values
@@ -179,6 +179,14 @@ def row_of(name: str) -> Row:
     return TASKS[name]
 
 
+def split_of(name: str) -> Split:
+    """The split of that name. Raises UnknownName."""
+    for known in SUFFIX:
+        if name == known:
+            return known
+    raise UnknownName.among("split", name, SUFFIX)
+
+
 # ----------------------------------------------------------------------------------------------------------------------------- files
 
 
@@ -201,15 +209,14 @@ class Line(NamedTuple):
 Lines = dict[str, list[Line]]  # by part: train, records, hard, unconditional
 
 
-def load(folder: str | Path, name: str, split: Split, variant: Variant = "clean") -> Task:
+def load(folder: str | Path, name: str, split: str, variant: str = "clean") -> Task:
     """One task from the published layout: `folder`/<data set>/<file>-val.jsonl, where needed with their `split/` in between.
 
     Raises UnknownName, and InvalidExample with file and line for a file or a record that cannot be read.
     """
-    for kind, given, known in (("split", split, SUFFIX), ("variant", variant, ("clean", "published"))):
-        if given not in known:
-            raise UnknownName.among(kind, given, known)
-    row = row_of(name)
+    row, split = row_of(name), split_of(split)
+    if variant not in VARIANTS:
+        raise UnknownName.among("variant", variant, VARIANTS)
     lines = {part: _read(_path(folder, row, part, split)) for part in ("train", "records", "unconditional")}
     lines["hard"] = _read(_path(folder, row, "hard", "validation" if variant == "published" else split))
     defects: dict[str, int] = {}
@@ -465,7 +472,7 @@ def _logprobs(host: Host, records: Sequence[Record], targets: Sequence[str]) -> 
     return [float(total) for total in hosts.score(host, rows)[:, 0]] if rows else []
 
 
-def _grouped(task: Task, measure: str, records: Sequence[Record], values: Sequence[float]) -> Iterator[Score]:
+def _grouped(task: Task, measure: str, records: Sequence[Record], values: Sequence[float | bool]) -> Iterator[Score]:
     groups: dict[str, list[float]] = {}
     for record, value in zip(records, values, strict=True):
         groups.setdefault(record.behaviour or record.source, []).append(float(value))
