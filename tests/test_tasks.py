@@ -16,7 +16,7 @@ from errata import evaluate, hosts
 from errata.hosts import Host
 from errata.lab.canonical import lab_task
 from errata.tasks import published
-from errata.tasks.canonical import TASKS, Criterion, Record, Task, change, load, mean, score
+from errata.tasks.canonical import TASKS, Criterion, Record, Task, change, fitting, load, mean, score
 from errata.types import BudgetError, Example, InvalidExample, InvalidReference, Score, UnknownName
 
 LOG = math.log
@@ -379,14 +379,34 @@ def test_a_record_that_does_not_fit_is_named_with_its_line(folder: Path, tiny_gp
         score(tiny_gpt2, load(folder, "gender", "validation", "published"))
 
 
+def test_what_a_host_cannot_read_is_left_out_and_counted(folder: Path, tiny_gpt2: Host) -> None:
+    rows = FILES["gender"]["records"]
+    write(folder, "gender", "records", [*rows, {"prefix": "The nurse " * 99, "suffix1": " he", "suffix2": " she"}])
+    write(folder, "gender", "hard", [*FILES["gender"]["hard"], {"prefix": "The nurse", "suffix": " she" * 99}])
+    task = fitting(tiny_gpt2, load(folder, "gender", "validation"))
+    assert len(task.records) == len(task.hard) == 1 and len(task.examples) == 2
+    assert list(task.defects.values()) == [0, 1, 1] and "records: longer than tiny-gpt2 reads" in task.defects
+    assert mean(score(tiny_gpt2, task), "success") is not None
+
+
+@pytest.mark.parametrize("variant", ["published", "clean"])
+def test_a_space_before_the_border_and_none_after_it_can_be_scored(folder: Path, variant: str) -> None:
+    """As StereoSet's hard negatives have it, and with a tokenizer that puts a space in front of every text."""
+    host = tiny_host("llama", pieces=True)
+    task = load(folder, "stereoset", "validation", variant)
+    assert mean(score(host, task), "loss.hard") == pytest.approx(
+        -sum(plainly(host, r, r.target) for r in task.hard) / len(task.hard), abs=1e-4
+    )
+
+
 # --------------------------------------------------------------------------------------------------------------------- the real files
 
 
 def real(*parts: str) -> Path:
-    roots = [Path(__file__).parents[2] / "shared"]
+    places = [(Path(__file__).parents[2] / "shared").joinpath(*parts)]
     if data := os.environ.get("ERRATA_DATA"):
-        roots.insert(0, Path(data).resolve().parent)
-    found = next((r.joinpath(*parts) for r in roots if r.joinpath(*parts).is_dir()), None)
+        places.insert(0, Path(data).joinpath(*parts[1:]) if parts[0] == "data" else Path(data).resolve().parent.joinpath(*parts))
+    found = next((place for place in places if place.is_dir()), None)
     if found is None:
         pytest.skip(f"{'/'.join(parts)} is not there: neither in ../shared nor beside the folder that ERRATA_DATA names")
     return found
@@ -419,6 +439,14 @@ def test_the_published_files_have_the_defects_that_are_known(name: str, counts: 
     assert {k: task.defects[k] for k in counts} == counts
     assert (len(task.examples), len(task.records), len(task.hard)) == left
     assert all(e.prompt == e.prompt.strip() or name == "verb" for e in task.examples)
+
+
+@pytest.mark.data
+def test_a_model_that_nobody_here_trained_is_scored_on_the_real_files(stories: Host) -> None:
+    task = load(real("data", "canonical"), "gender", "validation")
+    rows = score(stories, task)
+    assert sum(s.count for s in rows if s.measure == "success") == 320 and len({s.case for s in rows if s.measure == "success"}) == 20
+    assert 0 < (mean(rows, "success") or 0) < 1 < (mean(rows, "loss.hard") or 0) < 6
 
 
 # --------------------------------------------------------------------------------------------------------------------------- the lab
@@ -647,8 +675,3 @@ def test_memit_on_the_backpack_does_next_to_nothing() -> None:
         "gender": "+0.3",
     }
     assert found["oracle"]["country"] == "+1.1" and found["oracle"]["gender"] == "+0.4"
-
-
-def test_a_new_host_may_have_any_family(folder: Path) -> None:
-    rows = score(tiny_host("llama", pieces=True), load(folder, "gender", "validation"))
-    assert mean(rows, "loss.hard") is not None

@@ -19,7 +19,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, final
@@ -434,7 +434,7 @@ def score(host: Host, task: Task) -> tuple[Score, ...]:
     loss.hard           -log p of the hard negatives' targets, summed over tokens, mean over records
     loss.unconditional  mean token loss on the unconditional text
 
-    Raises InvalidExample, with the record's place, if its target becomes no token or it does not fit the context.
+    Raises InvalidExample, with the record's place, if its target becomes no token or it does not fit the context (see `fitting`).
     """
     target = _logprobs(host, task.records, [r.target for r in task.records])
     pairs = [r for r in task.records if r.contrast is not None]
@@ -446,6 +446,26 @@ def score(host: Host, task: Task) -> tuple[Score, ...]:
     for i, (total, count) in enumerate(hosts.score(host, rows).tolist()):
         out.append(Score(case=f"{task.name}/text {i}", measure="loss.unconditional", total=-total, count=int(count)))
     return tuple(out)
+
+
+def fitting(host: Host, task: Task) -> Task:
+    """The task without the examples and records that are longer than the host reads, counted in its defects: paragraphs of `country` and
+    `temporal` have up to some 700 tokens. A few that would just fit are left out too, for prompt and target are counted apart."""
+
+    def fits(x: Example | Record) -> bool:
+        room = host.context - len(hosts.tokens(host, x.prompt))
+        return all(len(hosts.tokens(host, text)) <= room for text in (x.target, x.contrast) if text is not None)
+
+    examples, records, hard = (
+        tuple(e for e in task.examples if fits(e)),
+        tuple(r for r in task.records if fits(r)),
+        tuple(r for r in task.hard if fits(r)),
+    )
+    longer = {
+        f"{part}: longer than {host.name} reads": len(all_) - len(kept)
+        for part, all_, kept in (("train", task.examples, examples), ("records", task.records, records), ("hard", task.hard, hard))
+    }
+    return replace(task, examples=examples, records=records, hard=hard, defects={**task.defects, **longer})
 
 
 def mean(rows: Iterable[Score], measure: str) -> float | None:
