@@ -64,7 +64,8 @@ FILES: dict[str, dict[str, list[dict[str, Any]]]] = {
     "country": {
         "train": [
             {"country": "Malta", "capital": "Valletta", "prefix": "The capital of Malta is", "suffix": " Valletta"},
-            {"country": "Maldives", "capital": "Male", "prefix": "'The capital of Maldives is", "suffix": " Male.'"},
+            {"country": "Maldives", "capital": "Male", "prefix": "'The capital of Maldives is", "suffix": " Male"},
+            {"country": "Togo", "capital": "Lome", "prefix": "The capital of Togo is", "suffix": " Lome.'"},
             {"country": "Macao", "capital": "Macao", "prefix": 'statement = "The capital of', "suffix": " Macao is Macao"},
             {"country": "Algeria", "capital": "Alger", "prefix": "The capital of", "suffix": " Algeria is Alger"},
         ],
@@ -150,7 +151,7 @@ FILES: dict[str, dict[str, list[dict[str, Any]]]] = {
 }
 DEFECTS = {
     "country": {
-        "train: stray quotes or code": 2,
+        "train: stray quotes or code": 3,
         "train: capital equals country": 1,
         "train: cut inside the country's name": 2,
         "records: country not named": 1,
@@ -216,6 +217,7 @@ def test_clean_mends_what_can_be_mended_and_drops_the_rest(folder: Path) -> None
     assert [str(e) for e in country.examples] == [
         "The capital of Malta is| Valletta",
         "The capital of Maldives is| Male",
+        "The capital of Togo is| Lome",
         "The capital of Macao is| Macao",
         "The capital of Algeria is| Alger",
     ]
@@ -257,7 +259,7 @@ def test_files_may_lie_in_a_folder_called_split(folder: Path, tmp_path_factory: 
     (folder / "country_capital").rename(other / "split")
     (other / "country_capital").mkdir()
     (other / "split").rename(other / "country_capital" / "split")
-    assert len(load(other, "country", "validation").examples) == 4
+    assert len(load(other, "country", "validation").examples) == 5
 
 
 def test_records_know_their_behaviour(folder: Path) -> None:
