@@ -23,6 +23,7 @@ ORDER = (
     ("gate",),
     ("ledger",),
     ("build",),
+    ("tasks",),
     ("evaluate",),
     ("report",),
     ("export",),

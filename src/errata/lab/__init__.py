@@ -2,5 +2,5 @@
 
 world.py   facts and phrasings       corpus.py  documents         train.py  tokenizer and models
 tasks.py   cases with their judges   card.py    what a lab model knows, measured         freeze.py  makes world.json
-models/    the committed weights
+canonical.py  the six tasks of canonical examples on this world          models/    the committed weights
 """
