@@ -108,9 +108,27 @@ def test_middle_layers_exist_and_are_as_many_as_asked(layers: int, fraction: flo
     assert list(middle_layers(layers, fraction)) == expected
 
 
-def test_finetune_moves_nothing_when_no_step_is_inside(tiny_gpt2: Host) -> None:
-    patch = Finetune(steps=10, lr=0.5, hold=4, neighbours=4).edit(tiny_gpt2, (RAISE,), Run(hold=RUN.hold, budget=Budget(epsilon=1e-9)))
+@pytest.mark.parametrize("cost", [1.0, math.nan, math.inf])
+def test_finetune_moves_nothing_when_no_point_is_inside(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPatch, cost: float) -> None:
+    monkeypatch.setattr(_descend.Descent, "cost", lambda *_: cost)
+    patch = Finetune(steps=3, lr=0.5, hold=4, neighbours=4).edit(tiny_gpt2, (RAISE,), RUN)
     assert all(not op.delta.any() for op in patch.ops)
+
+
+def test_the_last_point_goes_back_to_the_edge(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = {n: p.detach() for n, p in tiny_gpt2.model.named_parameters()}
+
+    def squared(_: object, weights: hosts.Weights, _epsilon: float) -> float:
+        return sum(float((w - base[n]).square().sum()) for n, w in weights.items())
+
+    def moved(epsilon: float) -> float:
+        run = Run(hold=RUN.hold, budget=Budget(epsilon=epsilon))
+        patch = Finetune(steps=6, lr=0.5, hold=4, neighbours=4).edit(tiny_gpt2, (RAISE,), run)
+        return sum(float(op.delta.square().sum()) for op in patch.ops)
+
+    monkeypatch.setattr(_descend.Descent, "cost", squared)
+    free = moved(1e9)
+    assert 0.85 * free / 4 < moved(free / 4) <= free / 4
 
 
 def test_the_search_finds_the_held_rows_that_lost_most(tiny_gpt2: Host) -> None:

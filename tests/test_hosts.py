@@ -557,3 +557,23 @@ def test_samples_are_drawn_from_the_model_s_own_distribution(tiny_gpt2: Host) ->
 ])  # fmt: skip
 def test_what_an_answer_says(continuation: str, answer: str, says_it: bool) -> None:
     assert says(continuation, answer) is says_it
+
+
+@pytest.mark.parametrize("power", [1.0, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("scale", [1.01, 2.0, 10.0, 300.0])
+def test_the_furthest_point_inside_is_found_in_a_few_looks(power: float, scale: float) -> None:
+    tried = []
+
+    def upper_at(s: float) -> float:
+        tried.append(s)
+        return 1e-3 * scale * s**power
+
+    s = hosts.furthest(upper_at, 1e-3, 1e-3 * scale)
+    best = scale ** (-1 / power)
+    assert s in tried and 0.7 * best <= s <= best and len(tried) <= 6
+
+
+def test_the_furthest_point_where_nothing_is_inside_or_the_end_is_not_a_number() -> None:
+    assert hosts.furthest(lambda s: 1.0, 1e-3, 1.0) == 0.0
+    assert 0 < hosts.furthest(lambda s: math.nan if s > 0.3 else 0.0, 1e-3, math.nan) <= 0.3
+    assert 0.4 < hosts.furthest(lambda s: -1e-4 if s < 0.5 else 1.0, 1e-3, 1.0) < 0.5  # a cliff

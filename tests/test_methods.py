@@ -150,10 +150,10 @@ def test_order_and_batch_size_change_nothing_on_the_lab_model(row: Row) -> None:
     """With the method's own rates and whitening, and one look at the constraint."""
     host = hosts.load("lab/neox", device="cpu")
     examples = tuple(case.example for case in tasks.cases("test", 5, "wrong"))
-    run = Run(hold=text.standing(host)[0][:400])
+    run = Run(hold=text.standing(host)[0][:300])
 
     def edited(*examples: Example, **more: object) -> Patch:
-        return make(row.method, **{"steps": 10, "hold": 32, "neighbours": 4} | more).edit(host, examples, run)
+        return make(row.method, **{"steps": 6, "hold": 16, "neighbours": 2, "restated": 4, "searched": 0} | more).edit(host, examples, run)
 
     whole = edited(*examples)
     assert max(float(apply.change(host, op).abs().max()) for op in whole.ops) > 1e-3, "or the same would prove nothing"

@@ -7,7 +7,7 @@ they may be wrong in 1, 1 and 3 %, so that together they are in at most 5 % (Bon
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -28,7 +28,8 @@ class Baseline:
     """What the host said before any patch: made once, compared with many times.
 
     `looks` are the rows of the reference text, in up to three parts; `losses` is what `hosts.score` gave for those that were needed so
-    far. `said` are the host's greedy answers to the neighbouring prompts.
+    far, and `after` what it gave with a patch on, by patch and scale: another budget asks for the same again. `said` are the host's greedy
+    answers to the neighbouring prompts.
     """
 
     host: str
@@ -37,6 +38,7 @@ class Baseline:
     set_aside: int
     neighbours: tuple[str, ...]
     said: tuple[str, ...]
+    after: dict[tuple[str, float], list[Float[Tensor, "N 2"]]] = field(default_factory=dict)
 
 
 def baseline(host: Host, reference: Sequence[str], set_aside: int = 0, neighbours: Sequence[Neighbour | str] = ()) -> Baseline:
@@ -62,26 +64,32 @@ def baseline(host: Host, reference: Sequence[str], set_aside: int = 0, neighbour
     )
 
 
-def judge(host: Host, patch: Patch, budget: Budget, base: Baseline, scale: float = 1.0) -> Verdict:
+def judge(host: Host, patch: Patch, budget: Budget, base: Baseline) -> Verdict:
     """Measure `patch` against `budget`. The host is left as it was. Raises WrongBase."""
-    apply.check(host, patch)
-    norm = apply.relative_norm(host, patch)
+    return _judge(host, patch, 1.0, budget, base)[1]
+
+
+def _judge(host: Host, whole: Patch, s: float, budget: Budget, base: Baseline) -> tuple[Patch, Verdict]:
+    """(base + s * change of `whole`, the verdict on it)."""
+    apply.check(host, whole)
+    patch = whole if s == 1.0 else apply.scaled(whole, s)
     with apply.applied(host, patch):
         now = hosts.greedy(host, base.neighbours) if base.neighbours else []
         fixed = hosts.fixes(host, patch.examples)
     before_N2 = after_N2 = torch.zeros(0, 2, dtype=torch.float64)
-    upper = math.inf
+    measured, upper = base.after.setdefault((whole.id, s), []), math.inf
     for i, (rows, z) in enumerate(zip(base.looks, QUANTILES[len(base.looks)], strict=True)):
         if i == len(base.losses):
             base.losses.append(hosts.score(host, rows))
-        with apply.applied(host, patch):
-            after_N2 = torch.cat([after_N2, hosts.score(host, rows)])
-        before_N2 = torch.cat([before_N2, base.losses[i]])
+        if i == len(measured):
+            with apply.applied(host, patch):
+                measured.append(hosts.score(host, rows))
+        before_N2, after_N2 = torch.cat([before_N2, base.losses[i]]), torch.cat([after_N2, measured[i]])
         mean, upper = hosts.increase(before_N2, after_N2, z)
         if upper <= budget.epsilon or 2 * mean - upper > budget.epsilon:  # inside or outside; else more has to be read
             break
     tokens = float(before_N2[:, 1].sum())
-    return Verdict(
+    return patch, Verdict(
         patch=patch.id,
         budget=budget,
         loss_before=-float(before_N2[:, 0].sum()) / tokens,
@@ -92,10 +100,10 @@ def judge(host: Host, patch: Patch, budget: Budget, base: Baseline, scale: float
         set_aside=base.set_aside,
         kept=sum(a == b for a, b in zip(base.said, now, strict=True)),
         asked=len(base.neighbours),
-        norm=norm,
+        norm=apply.relative_norm(host, patch),
         fixed=sum(fixed),
         wanted=len(fixed),
-        scale=scale,
+        scale=s,
     )
 
 
@@ -114,13 +122,43 @@ def fit(
 
     def upper_at(s: float) -> float:
         next(steps, None)
-        candidate = apply.scaled(patch, s)
-        tried[s] = candidate, judge(host, candidate, budget, base, scale=s)
+        tried[s] = _judge(host, patch, s, budget, base)
         # a patch may be too costly in other ways too: its norm, its neighbours
         return tried[s][1].upper if tried[s][1].affordable else max(tried[s][1].upper, 1.05 * budget.epsilon)
 
-    s = hosts.furthest(upper_at, budget.epsilon, max(whole.upper, 1.05 * budget.epsilon), rounds)
+    s = hosts.furthest(
+        upper_at,
+        budget.epsilon,
+        max(whole.upper, 1.05 * budget.epsilon),
+        rounds,
+        lambda low, high: _foreseen(base, patch, budget, low, high),
+    )
     return tried.get(s, (patch, whole))
+
+
+def _foreseen(base: Baseline, whole: Patch, budget: Budget, low: float, high: float) -> float | None:
+    """The scale between `low` and `high` whose bound should lie a little inside, 0.0 if none should; None if that cannot be foreseen.
+
+    The loss of each chunk is taken for a parabola through the base and the two nearest scales that were measured, for whatever budget.
+    """
+    known = [(s, torch.cat(parts)) for (patch, s), parts in base.after.items() if patch == whole.id]
+    known.sort(key=lambda point: abs(point[0] - (low + high) / 2))
+    if len(known) < 2:
+        return None
+    (p, at_p), (q, at_q) = known[:2]
+    before_N2 = torch.cat(base.losses)
+    n = min(len(at_p), len(at_q))
+    # what more text would make of the bound, if it went on like this
+    z = QUANTILES[len(base.looks)][-1] * math.sqrt(n / sum(map(len, base.looks)))
+    to_p, to_q = at_p[:n, 0] - before_N2[:n, 0], at_q[:n, 0] - before_N2[:n, 0]
+
+    def upper_at(s: float) -> float:
+        change_N = to_p * s * (s - q) / (p * (p - q)) + to_q * s * (s - p) / (q * (q - p))
+        after_N2 = torch.stack([before_N2[:n, 0] + change_N, before_N2[:n, 1]], dim=1)
+        return hosts.increase(before_N2[:n], after_N2, z)[1]
+
+    inside = [s for s in torch.linspace(low, high, 34)[1:-1].tolist() if upper_at(s) <= 0.95 * budget.epsilon]
+    return max(inside, default=0.0)
 
 
 def require(verdict: Verdict) -> None:

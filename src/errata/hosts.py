@@ -536,20 +536,39 @@ def increase(before_N2: Float[Tensor, "N 2"], after_N2: Float[Tensor, "N 2"], z:
     return float(mean * total / loss), float((mean + z * error) * total / loss)
 
 
-def furthest(upper_at: Callable[[float], float], epsilon: float, at_one: float, rounds: int = 6) -> float:
-    """The largest s in [0, 1) that was found with `upper_at(s) <= epsilon`, 0.0 if none was; `at_one`, over epsilon, is what s = 1 costs.
+def furthest(
+    cost_at: Callable[[float], float],
+    epsilon: float,
+    at_one: float,
+    rounds: int = 6,
+    foreseen: Callable[[float, float], float | None] = lambda low, high: None,
+) -> float:
+    """The largest s in [0, 1) that was found with `cost_at(s) <= epsilon`, 0.0 if none was; `at_one`, over epsilon, is what s = 1 costs.
 
-    Near the base, a minimum, the increase of the loss grows about as s^2, and further off, or for a change that is all damage, as s: so is
-    guessed, first the one and then the other, while everything tried was outside. Then the gap is halved until it is under 1/30.
+    `foreseen(low, high)` gives the next s, 0.0 to stop, or None. Then it is guessed: near the base, a minimum, the increase of the loss
+    grows about as s^2, and further off, or for a change that is all damage, as s; the one and then the other while everything tried was
+    outside, then the chord. At .85 epsilon it is good enough.
     """
-    low, high, cost, power = 0.0, 1.0, at_one, 0.5
+    (low, under), (high, over), power = (0.0, 0.0), (1.0, at_one), 0.5
     for _ in range(rounds):
-        guess = max(0.1, 0.97 * (epsilon / cost) ** power) if math.isfinite(cost) else 0.25
-        s = (low + high) / 2 if low else high * guess
-        found = upper_at(s)
-        low, high, cost, power = (s, high, cost, power) if found <= epsilon else (low, s, found, 1.0)
-        if low and high - low < high / 30:
+        s = foreseen(low, high)
+        if s == 0.0:
             break
+        if s is not None:
+            pass
+        elif not math.isfinite(over):
+            s = 0.25 * high + 0.75 * low
+        elif low:
+            s = low + (high - low) * min(0.9, max(0.1, (0.95 * epsilon - under) / (over - under)))
+        else:
+            s, power = high * max(0.1, 0.97 * (epsilon / over) ** power), 1.0
+        found = cost_at(s)
+        if found <= epsilon:
+            low, under = s, found
+            if found > 0.85 * epsilon or high - low < high / 30:
+                break
+        else:
+            high, over = s, found
     return low
 
 

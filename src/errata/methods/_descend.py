@@ -40,7 +40,6 @@ PROMPTS = 8  # of each step, at least: where the examples are fewer, each is ask
 CHECK_EVERY = 16  # steps between two measurements of the constraint
 HURT = 0.3  # nats that a held row has lost when it counts as hurt
 LAM_STEP = 1.2  # what the multiplier rises by where the increase is over epsilon, and falls by where it is under half of it
-EARLY = 1.0
 LOOKS = (150, 500, 1500, 4000)  # documents that it is measured on, never among those whose KL is minimised: no more of them than it takes
 
 
@@ -241,13 +240,12 @@ class Descent:
         self.hurt = [found[j] for j in order if lost_N[j] > HURT]
 
     @torch.no_grad()
-    def cost(self, weights: Weights, epsilon: float) -> tuple[float, float]:
-        """Relative loss increase on the checked documents and a bound of it, read until that is plainly inside or outside of `epsilon`.
+    def cost(self, weights: Weights, epsilon: float) -> float:
+        """Relative loss increase on the checked documents, read until it is a standard error away from `epsilon`, or to their end.
 
-        The bound is the 95 % one when all of them were read, else the mean and `EARLY` standard errors: it steers the descent, the gate's
-        is the one that counts.
+        An estimate, not a bound: it steers the descent. What counts is the gate's bound, on other text, and the gate scales what is left.
         """
-        after_N2, mean, upper = torch.zeros(0, 2, dtype=torch.float64), math.inf, math.inf
+        after_N2, mean = torch.zeros(0, 2, dtype=torch.float64), math.inf
         for i, documents in enumerate(self.looks):
             if i == len(self.checked):
                 self.checked.append(hosts.chunks(self.host, documents))
@@ -255,12 +253,11 @@ class Descent:
             after_N2 = torch.cat([after_N2, hosts.score(self.host, self.checked[i], weights)])
             if len(after_N2) < 2:
                 continue
-            z = EARLY if i + 1 < len(self.looks) else 1.6449
-            mean, upper = hosts.increase(self.before_N2[: len(after_N2)], after_N2, z)
+            mean, above = hosts.increase(self.before_N2[: len(after_N2)], after_N2, z=1.0)
             # among the first documents a single flipped fact would look like a point that is plainly outside
-            if upper <= epsilon or (i > 0 and 2 * mean - upper > epsilon):
+            if above <= epsilon or (i > 0 and 2 * mean - above > epsilon):
                 break
-        return mean, upper
+        return mean
 
 
 def _accumulate(loss: Tensor, leaves: Sequence[Tensor]) -> None:
@@ -307,7 +304,7 @@ def descend(
     settings, epsilon = descent.settings, run.budget.epsilon
     optimizer = NovoGrad(leaves, rates or [1.0] * len(leaves))
     origin, mean = _copies(leaves), _copies(leaves)
-    lam, best, best_loss, recent, upper = settings.lam, origin, math.inf, 0.0, math.inf
+    lam, best, best_loss, recent, cost = settings.lam, origin, math.inf, 0.0, math.inf
     first = settings.lr * math.sqrt(len(descent.examples))  # each example needs a direction of its own
     for step in run.progress(range(settings.steps), "descending", settings.steps):
         for leaf in leaves:
@@ -321,18 +318,18 @@ def descend(
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == settings.steps:
             current = _copies(leaves)
             _put(leaves, mean)
-            cost, upper = descent.cost(weights(), epsilon)
+            cost = descent.cost(weights(), epsilon)
             if step + 1 < settings.steps:
                 descent.search(weights())
             _put(leaves, current)
             lam *= LAM_STEP if cost > epsilon else 1 / LAM_STEP if cost < epsilon / 2 else 1.0
-            inside = upper <= epsilon
+            inside = cost <= epsilon
             if inside and recent < best_loss:
                 best, best_loss = [m.clone() for m in mean], recent
             if inside and recent < CONTENT:
                 break
     if recent < best_loss:  # the last point goes furthest towards the examples, and is outside: back to the edge
-        best = _edge(descent, leaves, weights, origin, mean, upper, epsilon)
+        best = _edge(descent, leaves, weights, origin, mean, cost, epsilon)
     _put(leaves, best)
 
 
@@ -350,11 +347,11 @@ def _edge(
     def move(s: float) -> list[Tensor]:
         return [torch.lerp(a, b, s) for a, b in zip(origin, end, strict=True)]
 
-    def upper_at(s: float) -> float:
+    def cost_at(s: float) -> float:
         _put(leaves, move(s))
-        return descent.cost(weights(), epsilon)[1]
+        return descent.cost(weights(), epsilon)
 
-    return move(hosts.furthest(upper_at, epsilon, cost))
+    return move(hosts.furthest(cost_at, epsilon, cost))
 
 
 def _copies(leaves: Sequence[Tensor]) -> list[Tensor]:
