@@ -119,7 +119,7 @@ def test_the_last_point_goes_back_to_the_edge(tiny_gpt2: Host, monkeypatch: pyte
     base = {n: p.detach() for n, p in tiny_gpt2.model.named_parameters()}
 
     def squared(_: object, weights: hosts.Weights, _epsilon: float) -> float:
-        return sum(float((w - base[n]).square().sum()) for n, w in weights.items())
+        return sum(float((w.detach() - base[n]).square().sum()) for n, w in weights.items())
 
     def moved(epsilon: float) -> float:
         run = Run(hold=RUN.hold, budget=Budget(epsilon=epsilon))
