@@ -32,7 +32,7 @@ from errata.types import Example, Run
 
 Row = tuple[list[int], int]
 MARGIN = math.log(16)  # `prefer` is content when the target is 16 times as likely as the contrast (Hewitt et al. 2024, table 1)
-KEYS, EIGENVECTORS = 2048, 256  # how many tokens C is estimated from (about), and how many of its directions are kept
+KEYS, EIGENVECTORS = 512, 256  # how many rows C is estimated from at most, and how many of its directions are kept
 AVERAGE = 0.95  # decay of the running mean of the leaves
 ENOUGH = 0.3  # nats; `raise` is content when the whole target has p = .74, for then every token of it is what is said
 CONTENT = 0.02  # mean loss of the examples at which a point inside the ball is good enough
@@ -164,15 +164,16 @@ class Descent:
         self.prefixes = [d for d in others if len(d) < 120]
         self.others = restated(host, self.examples, spoken, others, seen, settings.restated, run.seed)
 
-    def whitenings(self, modules: Sequence[str]) -> dict[str, Whitening]:
-        """The coordinates of each module; none without damping."""
+    def whitenings(self, modules: Sequence[str], outputs: bool = False) -> dict[str, Whitening]:
+        """The coordinates of what each module reads, or with `outputs` of what reads it; none without damping."""
         if self.settings.damping is None:
             return {}
-        rows = self.rng.sample(self.held, k=min(len(self.held), KEYS // 16))  # not those near the examples: there it must move
+        # not those near the examples: there it must move; and of the others no more than the descent itself will read
+        rows = self.rng.sample(self.held, k=min(len(self.held), KEYS, self.settings.steps * self.settings.hold))
         sums: dict[str, Tensor] = {}
         for group in hosts.by_length(rows, 2048):
             batch = hosts.pad(self.host, [(rows[i][0], len(rows[i][0])) for i in group])  # all given: nothing for the head to do
-            with torch.no_grad(), hooks.reading(self.host.model, modules, inputs=True) as seen:
+            with torch.no_grad(), hooks.reading(self.host.model, modules, inputs=not outputs) as seen:
                 hosts.predictions(self.host, batch)
             real_NT = batch.mask_NT.bool()
             for name in modules:
@@ -329,7 +330,7 @@ def descend(
             if inside and recent < CONTENT:
                 break
     if recent < best_loss:  # the last point goes furthest towards the examples, and is outside: back to the edge
-        best = _edge(descent, leaves, weights, origin, mean, cost, epsilon)
+        best = _edge(descent, leaves, weights, origin, mean, cost, epsilon) or best
     _put(leaves, best)
 
 
@@ -342,7 +343,7 @@ def _edge(
     cost: float,
     epsilon: float,
 ) -> list[Tensor]:
-    """The point furthest on the way from `origin` to `end`, which costs `cost`, that is inside the ball."""
+    """The point furthest on the way from `origin` to `end`, which costs `cost`, that is inside the ball; [] if none is found."""
 
     def move(s: float) -> list[Tensor]:
         return [torch.lerp(a, b, s) for a, b in zip(origin, end, strict=True)]
@@ -351,7 +352,8 @@ def _edge(
         _put(leaves, move(s))
         return descent.cost(weights(), epsilon)
 
-    return move(hosts.furthest(cost_at, epsilon, cost))
+    s = hosts.furthest(cost_at, epsilon, cost)
+    return move(s) if s else []
 
 
 def _copies(leaves: Sequence[Tensor]) -> list[Tensor]:

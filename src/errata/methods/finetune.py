@@ -15,7 +15,7 @@ from errata.hosts import Host, Weights, stored_transposed
 from errata.methods._descend import Descent, Settings, descend
 from errata.types import Add, Example, Method, Patch, Run, UnknownName
 
-EMBEDDING_RATE = 5.0  # the rows of the targets' tokens are few, and moving them costs other text little
+EMBEDDING_RATE = 5.0  # the rows of the targets' tokens are few; in the coordinates of what the head reads, moving them costs little
 
 
 @final
@@ -43,8 +43,11 @@ class Finetune(Method):
         projections = {f"{m}.weight": m for m in host.projections() if f"{m}.weight" in base}
         whitenings = descent.whitenings(list(projections.values()))
         embeddings = {f"{host.layout.embedding}.weight", f"{host.layout.head}.weight"}
+        head = descent.whitenings([host.layout.norm], outputs=True).get(host.layout.norm)  # what the head reads, at every token
 
         def change(name: str) -> Tensor:
+            if name in embeddings and head and len(head.U_KE) == base[name].shape[1]:
+                return head(shifts[name])
             if not (whiten := whitenings.get(projections.get(name, ""))):
                 return shifts[name]
             turned = stored_transposed(host.model.get_submodule(projections[name]))
