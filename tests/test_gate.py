@@ -143,3 +143,12 @@ def test_nothing_left_to_measure_is_said(tiny_gpt2: Host) -> None:
 def test_another_base_is_refused(tiny_gpt2: Host, tiny_llama: Host) -> None:
     with pytest.raises(WrongBase):
         gate.judge(tiny_llama, shove(tiny_gpt2, 0.1), Budget(), gate.baseline(tiny_llama, TEXT))
+
+
+def test_scaling_reads_the_whole_text(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wide bound of a first look would stop it far from the edge."""
+    monkeypatch.setattr(gate, "LOOKS", (4, 8))
+    base = gate.baseline(tiny_gpt2, [t for t in TEXT for _ in range(4)])
+    patch, verdict = gate.fit(tiny_gpt2, shove(tiny_gpt2, 1.0), Budget(epsilon=1e-2, fixed=0.0), base)
+    assert verdict.passed and 0.5e-2 < verdict.upper <= 1e-2
+    assert verdict.chunks == sum(map(len, base.looks)) and verdict.scale < 1

@@ -69,8 +69,8 @@ def judge(host: Host, patch: Patch, budget: Budget, base: Baseline) -> Verdict:
     return _judge(host, patch, 1.0, budget, base)[1]
 
 
-def _judge(host: Host, whole: Patch, s: float, budget: Budget, base: Baseline) -> tuple[Patch, Verdict]:
-    """(base + s * change of `whole`, the verdict on it)."""
+def _judge(host: Host, whole: Patch, s: float, budget: Budget, base: Baseline, thorough: bool = False) -> tuple[Patch, Verdict]:
+    """(base + s * change of `whole`, the verdict on it); a `thorough` one reads the whole text, whatever the first looks say."""
     apply.check(host, whole)
     patch = whole if s == 1.0 else apply.scaled(whole, s)
     with apply.applied(host, patch):
@@ -86,7 +86,7 @@ def _judge(host: Host, whole: Patch, s: float, budget: Budget, base: Baseline) -
                 measured.append(hosts.score(host, rows))
         before_N2, after_N2 = torch.cat([before_N2, base.losses[i]]), torch.cat([after_N2, measured[i]])
         mean, upper = hosts.increase(before_N2, after_N2, z)
-        if upper <= budget.epsilon or 2 * mean - upper > budget.epsilon:  # inside or outside; else more has to be read
+        if not thorough and (upper <= budget.epsilon or 2 * mean - upper > budget.epsilon):  # inside or outside; else more has to be read
             break
     tokens = float(before_N2[:, 1].sum())
     return patch, Verdict(
@@ -117,12 +117,16 @@ def fit(
     whole = judge(host, patch, budget, base)
     if whole.affordable:
         return patch, whole
+    # the bound of a first look is wide: how far to go can only be told from the whole text
+    _, whole = _judge(host, patch, 1.0, budget, base, thorough=True)
+    if whole.affordable:
+        return patch, whole
     tried: dict[float, tuple[Patch, Verdict]] = {}
     steps = iter(progress(range(rounds), "scaling onto the edge of the budget", rounds))
 
     def upper_at(s: float) -> float:
         next(steps, None)
-        tried[s] = _judge(host, patch, s, budget, base)
+        tried[s] = _judge(host, patch, s, budget, base, thorough=True)
         # a patch may be too costly in other ways too: its norm, its neighbours
         return tried[s][1].upper if tried[s][1].affordable else max(tried[s][1].upper, 1.05 * budget.epsilon)
 
