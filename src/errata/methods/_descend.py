@@ -40,6 +40,7 @@ PROMPTS = 8  # of each step, at least: where the examples are fewer, each is ask
 CHECK_EVERY = 16  # steps between two measurements of the constraint
 HURT = 0.3  # nats that a held row has lost when it counts as hurt
 LAM_STEP = 1.2  # what the multiplier rises by where the increase is over epsilon, and falls by where it is under half of it
+EACH = 20  # documents for each example, at least: the more is changed, the more may flip
 LOOKS = (150, 500, 1500, 4000)  # documents that it is measured on, never among those whose KL is minimised: no more of them than it takes
 
 
@@ -252,7 +253,7 @@ class Descent:
                 self.checked.append(hosts.chunks(self.host, documents))
                 self.before_N2 = torch.cat([self.before_N2, hosts.score(self.host, self.checked[i])])
             after_N2 = torch.cat([after_N2, hosts.score(self.host, self.checked[i], weights)])
-            if len(after_N2) < 2:
+            if len(after_N2) < 2 or (len(after_N2) < EACH * len(self.examples) and i + 1 < len(self.looks)):
                 continue
             mean, above = hosts.increase(self.before_N2[: len(after_N2)], after_N2, z=1.0)
             # among the first documents a single flipped fact would look like a point that is plainly outside
