@@ -18,7 +18,7 @@ from errata import apply, hosts
 from errata.hosts import Host
 from errata.types import Budget, BudgetError, InvalidReference, Neighbour, Patch, Progress, Verdict, no_progress
 
-LOOKS = (300, 900)  # chunks read at the end of the first and of the second look; the third reads them all
+LOOKS = (250, 900)  # chunks read at the end of the first and of the second look; the third reads them all
 QUANTILES = {1: (1.6449,), 2: (2.3263, 1.7507), 3: (2.3263, 2.3263, 1.8808)}  # of the normal distribution: .95; .99, .96; .99, .99, .97
 
 

@@ -36,7 +36,7 @@ class Lora(Method):
     contexts: int = 1
     restated: int = 8
     neighbours: int = 4
-    hold: int = 10
+    hold: int = 8
     searched: int = 0
     damping: float | None = 0.05
     batch_size: int = 64
