@@ -554,14 +554,13 @@ def furthest(
         s = foreseen(low, high)
         if s == 0.0:
             break
-        if s is not None:
-            pass
-        elif not math.isfinite(over):
-            s = 0.25 * high + 0.75 * low
-        elif low:
-            s = low + (high - low) * min(0.9, max(0.1, (0.95 * epsilon - under) / (over - under)))
-        else:
-            s, power = high * max(0.1, 0.97 * (epsilon / over) ** power), 1.0
+        if s is None:
+            if not math.isfinite(over):
+                s = 0.25 * high + 0.75 * low
+            elif low:
+                s = low + (high - low) * min(0.9, max(0.1, (0.95 * epsilon - under) / (over - under)))
+            else:
+                s, power = high * max(0.1, 0.97 * (epsilon / over) ** power), 1.0
         found = cost_at(s)
         if found <= epsilon:
             low, under = s, found

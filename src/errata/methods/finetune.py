@@ -43,10 +43,12 @@ class Finetune(Method):
         projections = {f"{m}.weight": m for m in host.projections() if f"{m}.weight" in base}
         whitenings = descent.whitenings(list(projections.values()))
         embeddings = {f"{host.layout.embedding}.weight", f"{host.layout.head}.weight"}
-        head = descent.whitenings([host.layout.norm], outputs=True).get(host.layout.norm)  # what the head reads, at every token
+        # the head's own weight only: an embedding that is not tied to it is read by tokens, not by hidden states
+        heads = [n for n in names if host.model.get_parameter(n) is host.model.get_submodule(host.layout.head).weight]
+        head = descent.whitenings([host.layout.norm], outputs=True).get(host.layout.norm) if heads else None
 
         def change(name: str) -> Tensor:
-            if name in embeddings and head and len(head.U_KE) == base[name].shape[1]:
+            if name in heads and head and len(head.U_KE) == base[name].shape[1]:
                 return head(shifts[name])
             if not (whiten := whitenings.get(projections.get(name, ""))):
                 return shifts[name]
