@@ -31,9 +31,14 @@ class Row:
 
 
 SMALL = {"steps": 12, "neighbours": 8, "hold": 4, "contexts": 1}
+# `stop`: of a random model nearly everything is unlikely, and what is so already is left as it is.
+CLOSED = {"layers": "0", "steps": 8, "contexts": 3, "stop": 0.0, "lam": 0.01}
+UNBOUNDED = {"budget": "a solve does not see the loss on text; the gate scales what comes out"}
 ROWS = (
     Row(method="finetune", settings=SMALL | {"lr": 1e-2}),
     Row(method="lora", settings=SMALL | {"lr": 3e-2, "rank": 4}),
+    Row(method="memit", settings=CLOSED, cannot=UNBOUNDED),
+    Row(method="rome", settings={k: v for k, v in CLOSED.items() if k != "lam"}, cannot=UNBOUNDED),
 )
 EXAMPLES = (
     Example(prompt="The capital of Mauritius is", target=" Port Louis"),
@@ -152,8 +157,11 @@ def test_order_and_batch_size_change_nothing_on_the_lab_model(row: Row) -> None:
     examples = tuple(case.example for case in tasks.cases("test", 5, "wrong"))
     run = Run(hold=text.standing(host)[0][:300])
 
+    quick = {"steps": 6, "hold": 16, "neighbours": 2, "restated": 4, "searched": 0}
+    known = {name: value for name, value in quick.items() if name in make(row.method).config}
+
     def edited(*examples: Example, **more: object) -> Patch:
-        return make(row.method, **{"steps": 6, "hold": 16, "neighbours": 2, "restated": 4, "searched": 0} | more).edit(host, examples, run)
+        return make(row.method, **known | more).edit(host, examples, run)
 
     whole = edited(*examples)
     assert max(float(apply.change(host, op).abs().max()) for op in whole.ops) > 1e-3, "or the same would prove nothing"
@@ -176,6 +184,7 @@ def test_a_model_that_nobody_here_trained_is_fixed_inside_the_ball(stories: Host
 @rows
 def test_the_budget_is_kept_on_the_text_that_holds_still(row: Row, tiny_gpt2: Host) -> None:
     """A ball that the first step leaves: the best point inside comes back, and it is inside."""
+    can(row, "budget")
     patch = row.make(steps=20).edit(tiny_gpt2, EXAMPLES, replace(RUN, budget=Budget(epsilon=1e-3)))
     rows_ = hosts.chunks(tiny_gpt2, RUN.hold)
     before_N2 = hosts.score(tiny_gpt2, rows_)

@@ -1,11 +1,11 @@
-"""Read or shift the activations of a named module, always inside `with`. When the block ends, the hooks are gone.
+"""Read, shift or skip the activations of a named module, always inside `with`. When the block ends, the hooks are gone.
 
 Nothing here knows a method; names are dotted paths as in `host.model.named_modules()`.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -22,10 +22,15 @@ def module(model: nn.Module, name: str) -> nn.Module:
         raise UnknownName.among("module", name, [n for n, _ in model.named_modules() if n]) from e
 
 
-def _first(value: Tensor | tuple[Any, ...]) -> Tensor:
+@final
+class _Enough(Exception):
+    """Ends a pass of which no more is needed; no caller sees it."""
+
+
+def first(value: Tensor | tuple[Any, ...]) -> Tensor:
     """Blocks of some architectures return a tuple whose first member is the hidden state; the others may be caches or None."""
-    first: Tensor = value if isinstance(value, Tensor) else value[0]
-    return first
+    hidden: Tensor = value if isinstance(value, Tensor) else value[0]
+    return hidden
 
 
 def _first_input(given: tuple[object, ...], named: dict[str, object]) -> Tensor:
@@ -49,8 +54,9 @@ class _Rows:
         return x.reshape(*self.shape, x.shape[1]) if flat else x
 
 
-def _with_first(value: Tensor | tuple[Any, ...], first: Tensor) -> object:
-    return first if isinstance(value, Tensor) else (first, *value[1:])
+def with_first(value: Tensor | tuple[Any, ...], hidden: Tensor) -> Tensor | tuple[Any, ...]:
+    """`value`, what a block returned, with another hidden state."""
+    return hidden if isinstance(value, Tensor) else (hidden, *value[1:])
 
 
 @contextmanager
@@ -63,10 +69,10 @@ def _held(handles: list[RemovableHandle]) -> Iterator[None]:
 
 
 @contextmanager
-def reading(model: nn.Module, names: Sequence[str], inputs: bool = False) -> Iterator[dict[str, Tensor]]:
+def reading(model: nn.Module, names: Sequence[str], inputs: bool = False, stop: bool = False) -> Iterator[dict[str, Tensor]]:
     """Inside the block, the dictionary holds the latest output (or first input) of each module: (N, T, D).
 
-    The tensors are the live ones, still part of the graph.
+    The tensors are the live ones, still part of the graph. `stop`: the block ends as soon as each module was seen.
     """
     seen: dict[str, Tensor] = {}
     modules = {name: module(model, name) for name in names}  # all found before the first hook is set
@@ -76,15 +82,51 @@ def reading(model: nn.Module, names: Sequence[str], inputs: bool = False) -> Ite
         def hook(_module: nn.Module, given: tuple[object, ...], named: dict[str, object], output: Tensor | tuple[Any, ...]) -> object:
             if inputs:
                 seen[name] = rows.fold(_first_input(given, named))
+                if stop and len(seen) == len(modules):
+                    raise _Enough
                 return None
-            seen[name] = rows.fold(_first(output))
+            seen[name] = rows.fold(first(output))
+            if stop and len(seen) == len(modules):
+                raise _Enough
             # what was folded goes on from there, so that the loss still depends on what was read
-            return None if seen[name] is _first(output) else _with_first(output, seen[name].flatten(0, 1))
+            return None if seen[name] is first(output) else with_first(output, seen[name].flatten(0, 1))
 
         return hook
 
     with _held([rows.handle, *(m.register_forward_hook(keep(name), with_kwargs=True) for name, m in modules.items())]):
-        yield seen
+        with suppress(_Enough):
+            yield seen
+
+
+@contextmanager
+def recording(model: nn.Module, name: str) -> Iterator[list[Any]]:
+    """Runs the model up to the module: the list holds its whole output as it came, and the block ends there."""
+    kept: list[Any] = []
+
+    def hook(_module: nn.Module, _given: object, output: object) -> None:
+        kept.append(output)
+        raise _Enough
+
+    with _held([module(model, name).register_forward_hook(hook)]), suppress(_Enough):
+        yield kept
+
+
+@contextmanager
+def skipping(model: nn.Module, names: Sequence[str], output: object) -> Iterator[None]:
+    """Inside the block the named modules compute nothing and give back `output`: with the first blocks of a model, and what `recording`
+    found behind the last of them, a pass begins there."""
+    modules = [module(model, name) for name in names]
+    own = [m.__dict__.get("forward") for m in modules]
+    try:
+        for m in modules:
+            m.__dict__["forward"] = lambda *_given, **_named: output
+        yield
+    finally:
+        for m, forward in zip(modules, own, strict=True):
+            if forward is None:
+                del m.__dict__["forward"]
+            else:
+                m.__dict__["forward"] = forward
 
 
 @contextmanager
@@ -95,8 +137,8 @@ def shifting(model: nn.Module, shifts: dict[str, Callable[[Tensor], Tensor]]) ->
 
     def turn(shift: Callable[[Tensor], Tensor]) -> Callable[..., object]:
         def hook(_module: nn.Module, _given: object, output: Tensor | tuple[Any, ...]) -> object:
-            fresh = shift(rows.fold(_first(output)))
-            return _with_first(output, fresh.reshape(_first(output).shape))
+            fresh = shift(rows.fold(first(output)))
+            return with_first(output, fresh.reshape(first(output).shape))
 
         return hook
 

@@ -8,6 +8,8 @@ from errata.types import InvalidExample, Method, UnknownName
 METHODS: dict[str, str] = {
     "finetune": "errata.methods.finetune:Finetune",
     "lora": "errata.methods.lora:Lora",
+    "memit": "errata.methods.memit:Memit",
+    "rome": "errata.methods.rome:Rome",
 }
 
 

@@ -74,17 +74,21 @@ class Settings:
 
 
 def goal_losses(
-    logp_N: Float[Tensor, "N"], contrast_N: Float[Tensor, "N"], tokens_N: Float[Tensor, "N"], examples: Sequence[Example]
+    logp_N: Float[Tensor, "N"],
+    contrast_N: Float[Tensor, "N"],
+    tokens_N: Float[Tensor, "N"],
+    examples: Sequence[Example],
+    enough: float = ENOUGH,
 ) -> Float[Tensor, "N"]:
     """(N,) what is minimised for each example, from log p of the whole target and contrast, and how many tokens the target has.
 
-    raise: what -log p exceeds ENOUGH by, per token. lower: -log(1 - p). prefer: softplus(margin - (log p - log p_contrast)). balance:
+    raise: what -log p exceeds `enough` by, per token. lower: -log(1 - p). prefer: softplus(margin - (log p - log p_contrast)). balance:
     |log p - log p_contrast|. Unlike the published losses, all are bounded below, so that the descent stops pushing where the goal is
     reached: certainty that nobody asked for is paid for elsewhere. The two that compare do so for whole answers, as they are judged: per
     token, an answer of two tokens would weigh half of one of one.
     """
     by_goal: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-        "raise": lambda p, c, n: (-p - ENOUGH).clamp(min=0) / n,
+        "raise": lambda p, c, n: (-p - enough).clamp(min=0) / n,
         "lower": lambda p, c, n: -torch.log1p(-p.exp().clamp(max=1 - 1e-6)),
         "prefer": lambda p, c, n: nn.functional.softplus(MARGIN - (p - c)),
         "balance": lambda p, c, n: (p - c).abs(),

@@ -1,0 +1,66 @@
+"""memit: write many facts into the MLPs of a few layers at once, with one solve for each layer.
+
+    W_l' = W_l + R_l K_l^T (lam C_l + K_l K_l^T)^-1       R_l = (z - h_L) / (layers that are left)
+                                                                   Meng et al. 2023, arXiv 2210.07229, equations 14 and 19, algorithm 1
+
+z is the value that `_values.py` finds for the output of the last layer's block, h_L what that output is with the layers before l written
+already, K_l the MLPs' inputs at the edited tokens, C_l = E[k k^T] over text (`_keys.py`). The layers are found by causal tracing
+(`_trace.py`) or given.
+Unlike memit@80426fd the solve is a Cholesky's (there: LU), whose factor of C serves all facts; the residual is that of the mean over the
+prefixes whose mean key is used (there: of the plain prompt); nothing is downloaded, and there are no files of settings for models.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import final
+
+from errata.hosts import Host
+from errata.methods import _keys
+from errata.methods._values import Settings, places, prefixes, values
+from errata.types import Case, Example, InvalidExample, Method, Patch, Run, State
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Memit(Method):
+    """layers: "3-8" or "3,4,5"; empty: `width` of them, found by tracing (0: five, or half of a small model's).
+
+    lam: weight of the text against the facts; a usual key takes 1 / (1 + lam) of its residual. ridge: multiple of C's mean eigenvalue
+    that is added to it. per_key: tokens of text for each dimension of C. contexts: prefixes. The rest: `_values.Settings`.
+    """
+
+    layers: str = ""
+    width: int = 0
+    lam: float = 1.0
+    ridge: float = 1e-3
+    per_key: int = 16
+    contexts: int = 5
+    steps: int = 25
+    lr: float = 0.1
+    clamp: float = 0.75
+    decay: float = 0.05
+    kl: float = 0.0625
+    stop: float = 0.05
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.lam > 0 or not self.ridge >= 0:
+            raise InvalidExample(f"memit needs a lam over 0 and a ridge of 0 or more, got {self.lam} and {self.ridge}.")
+
+    def prepare(self, host: Host, train_cases: Iterable[Case], run: Run) -> State:
+        """The layers and the C of each. The cases serve to find the layers alone."""
+        cases = () if self.layers else tuple(train_cases)
+        return self._state(host, tuple(case.example for case in cases), run, cases)
+
+    def _state(self, host: Host, examples: tuple[Example, ...], run: Run, cases: tuple[Case, ...] = ()) -> State:
+        return _keys.state_for("memit", host, examples, run, self.layers, self.width, self.per_key, cases)
+
+    def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
+        found = places(host, examples, prefixes(host, examples, run, self.contexts))
+        state = run.state or self._state(host, examples, run)
+        layers = _keys.layers_of(host, self.layers) if self.layers else [int(layer) for layer in state.config["layers"]]
+        factors = _keys.covariance_factors(host, state, layers, self.ridge)
+        settings = Settings(**{f.name: self.config[f.name] for f in fields(Settings)})
+        delta_PD = values(host, found, layers[-1], settings, run.progress)
+        ops = _keys.spread(host, found, delta_PD, factors, lambda L, K: _keys.gains(L, K, self.lam * len(L)))
+        return Patch(method="memit", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)

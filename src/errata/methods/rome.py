@@ -1,0 +1,72 @@
+"""rome: rewrite one layer's MLP so that the key of each fact gives exactly its value, and other text's keys change as little as can be.
+
+    W' = W + (V - W K) (K^T C^-1 K)^-1 K^T C^-1           for one fact W + (v - W k) (C^-1 k)^T / (k^T C^-1 k)
+                          Meng et al. 2022, arXiv 2202.05262, equation 2; for several Gupta et al. 2024, arXiv 2403.14236, equation 8
+
+Among all W' with W' K = V this one has the least E[|W' k - W k|^2] over text. Several facts are constraints of one problem, not of one
+after the other: the last of a sequence would break those before it, and their order would count. Keys that are nearly the same leave that
+problem without a tame solution, so with several facts `slack` times the mean of k^T C^-1 k is added to the diagonal of K^T C^-1 K.
+
+V and the layer are found as in `memit`. Unlike rome@0874014 one key, the mean over the prefixes, is used throughout (there: in C^-1 k
+alone; Gupta et al. 2024, arXiv 2403.07175), the shift is of the block's output, and C is not left out for any model.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from errata.hosts import Host
+from errata.methods import _keys
+from errata.methods._values import Settings, places, prefixes, values
+from errata.types import Case, Example, InvalidExample, Method, Patch, Run, State
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Rome(Method):
+    """layers: the one layer; empty: found by tracing. The rest: as in `memit`."""
+
+    layers: str = ""
+    slack: float = 1e-3
+    ridge: float = 1e-3
+    per_key: int = 16
+    contexts: int = 5
+    steps: int = 25
+    lr: float = 0.1
+    clamp: float = 0.75
+    decay: float = 0.05
+    kl: float = 0.0625
+    stop: float = 0.05
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.slack >= 0 or not self.ridge >= 0:
+            raise InvalidExample(f"rome needs a slack and a ridge of 0 or more, got {self.slack} and {self.ridge}.")
+
+    def prepare(self, host: Host, train_cases: Iterable[Case], run: Run) -> State:
+        """The layer and its C. The cases serve to find the layer alone."""
+        cases = () if self.layers else tuple(train_cases)
+        return self._state(host, tuple(case.example for case in cases), run, cases)
+
+    def _state(self, host: Host, examples: tuple[Example, ...], run: Run, cases: tuple[Case, ...] = ()) -> State:
+        return _keys.state_for("rome", host, examples, run, self.layers, 1, self.per_key, cases)
+
+    def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
+        found = places(host, examples, prefixes(host, examples, run, self.contexts))
+        state = run.state or self._state(host, examples, run)
+        layers = _keys.layers_of(host, self.layers) if self.layers else [int(layer) for layer in state.config["layers"]]
+        if len(layers) != 1:
+            raise InvalidExample(f"rome rewrites one layer, got {len(layers)}: {', '.join(map(str, layers))}. memit spreads over several.")
+        factors = _keys.covariance_factors(host, state, layers, self.ridge)
+        settings = Settings(**{f.name: self.config[f.name] for f in fields(Settings)})
+        delta_PD = values(host, found, layers[0], settings, run.progress)
+        ops = _keys.spread(host, found, delta_PD, factors, self._solve)
+        return Patch(method="rome", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)
+
+    def _solve(self, L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"]) -> Float[Tensor, "P K"]:
+        """(P, K) the rows g of the change R g; with one fact there is nothing to slacken."""
+        several = K_KP.shape[1] > 1
+        return _keys.gains(L_KK, K_KP, self.slack * _keys.mean_energy(L_KK, K_KP) if several else 0.0)
