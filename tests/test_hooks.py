@@ -164,3 +164,38 @@ def test_an_unknown_module_suggests_the_nearest_and_leaves_no_hook(tiny_gpt2: Ho
     with pytest.raises(UnknownName, match=told):
         hooks.module(tiny_gpt2.model, bad)
     assert hooks.module(tiny_gpt2.model, good) is tiny_gpt2.model.transformer.h[0].mlp.c_proj
+
+
+@every_family
+def test_a_pass_that_was_cut_in_two_is_the_whole_pass(host: Host) -> None:
+    """Up to the first block, and on from there: also where blocks return tuples. Nothing is left behind, and what was cut did not run."""
+    block, above, whole = f"{host.layout.blocks}.0", f"{host.layout.blocks}.1", says(host)
+    with torch.no_grad(), hooks.reading(host.model, [above]) as seen, hooks.recording(host.model, block) as kept:
+        says(host)
+    assert seen == {} and len(kept) == 1
+    with torch.no_grad(), hooks.reading(host.model, host.module_names((host.layout.mlp_out,), [0])) as below:
+        with hooks.skipping(host.model, [block], kept[0]):
+            assert torch.equal(says(host), whole)
+        assert below == {}
+        with hooks.skipping(host.model, [block], hooks.with_first(kept[0], 2 * hooks.first(kept[0]))):
+            assert not torch.equal(says(host), whole)
+    assert torch.equal(says(host), whole) and hook_count(host.model) == 0
+    assert not any("forward" in m.__dict__ for m in host.model.modules())
+
+
+def test_skipping_ends_when_the_body_raises(tiny_gpt2: Host) -> None:
+    with pytest.raises(ZeroDivisionError), hooks.skipping(tiny_gpt2.model, ["transformer.h.0"], torch.zeros(1)):
+        raise ZeroDivisionError
+    assert "forward" not in tiny_gpt2.model.get_submodule("transformer.h.0").__dict__
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+def test_reading_stops_when_everything_was_seen(tiny_gpt2: Host, inputs: bool) -> None:
+    names = ["transformer.h.0.mlp.c_proj", "transformer.h.1.attn"]
+    with torch.no_grad(), hooks.reading(tiny_gpt2.model, ["transformer.h.1.mlp"]) as after:
+        with hooks.reading(tiny_gpt2.model, names, inputs, stop=True) as seen:
+            says(tiny_gpt2)
+        assert seen.keys() == set(names) and after == {} and hook_count(tiny_gpt2.model) > 0
+    with torch.no_grad(), hooks.reading(tiny_gpt2.model, names, inputs) as whole:
+        says(tiny_gpt2)
+    assert all(torch.equal(whole[name], seen[name]) for name in names)

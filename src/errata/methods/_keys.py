@@ -1,7 +1,7 @@
 """Keys, their covariance and the solve: how a change of hidden states becomes one of weights. What `memit` and `rome` share.
 
     Delta = R K^T (lam C + K K^T)^-1        Meng et al. 2023, arXiv 2210.07229, equation 14       C = E[k k^T] over text
-    Delta = R (K^T C^-1 K)^-1 K^T C^-1      the same with an equality constraint: Gupta et al. 2024, arXiv 2403.14236, equation 8
+    Delta = R (K^T C^-1 K)^-1 K^T C^-1      the same with an equality constraint: Gupta et al. 2024, arXiv 2403.14236
 
 Both are one solve in whitened keys. With C = L L^T, X = L^-1 K and `prior` = lam or 0, Delta = R (X^T X + prior I)^-1 X^T L^-1: one
 Cholesky factor of C for all facts of a layer, in float64, and a system as large as there are facts.
@@ -132,7 +132,7 @@ def spread(
 ) -> tuple[Op, ...]:
     """One op for each layer, so that behind the last of them the hidden states at the places have moved by `delta_PD`.
 
-    Layer by layer: with the changes so far on, what is still missing, shared equally among the layers that are left (equations 19-20 of
+    Layer by layer: with the changes so far on, what is still missing, shared equally among the layers that are left (algorithm 1 of
     MEMIT; what the layers above make of it is measured before the next takes its share). Keys and hidden states are means over prefixes,
     both of them, so that the last equation holds for what it was solved for (Gupta et al. 2024, arXiv 2403.07175, "R-ROME").
     """

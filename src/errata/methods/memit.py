@@ -1,7 +1,7 @@
 """memit: write many facts into the MLPs of a few layers at once, with one solve for each layer.
 
     W_l' = W_l + R_l K_l^T (lam C_l + K_l K_l^T)^-1       R_l = (z - h_L) / (layers that are left)
-                                                                   Meng et al. 2023, arXiv 2210.07229, equations 14 and 19, algorithm 1
+                                                                   Meng et al. 2023, arXiv 2210.07229, equation 14 and algorithm 1
 
 z is the value that `_values.py` finds for the output of the last layer's block, h_L what that output is with the layers before l written
 already, K_l the MLPs' inputs at the edited tokens, C_l = E[k k^T] over text (`_keys.py`). The layers are found by causal tracing

@@ -1,13 +1,13 @@
 """rome: rewrite one layer's MLP so that the key of each fact gives exactly its value, and other text's keys change as little as can be.
 
     W' = W + (V - W K) (K^T C^-1 K)^-1 K^T C^-1           for one fact W + (v - W k) (C^-1 k)^T / (k^T C^-1 k)
-                          Meng et al. 2022, arXiv 2202.05262, equation 2; for several Gupta et al. 2024, arXiv 2403.14236, equation 8
+                          Meng et al. 2022, arXiv 2202.05262, equation 2; for several Gupta et al. 2024, arXiv 2403.14236
 
 Among all W' with W' K = V this one has the least E[|W' k - W k|^2] over text. Several facts are constraints of one problem, not of one
 after the other: the last of a sequence would break those before it, and their order would count. Keys that are nearly the same leave that
 problem without a tame solution, so with several facts `slack` times the mean of k^T C^-1 k is added to the diagonal of K^T C^-1 K.
 
-V and the layer are found as in `memit`. Unlike rome@0874014 one key, the mean over the prefixes, is used throughout (there: in C^-1 k
+V and the layer are found as in `memit`. Unlike the ROME in memit@80426fd one key, the mean over the prefixes, is used throughout (there: in C^-1 k
 alone; Gupta et al. 2024, arXiv 2403.07175), the shift is of the block's output, and C is not left out for any model.
 """
 
