@@ -28,7 +28,7 @@ Solve = Callable[[Float[Tensor, "K K"], Float[Tensor, "K P"]], Float[Tensor, "P 
 
 
 def layers_of(host: Host, given: str) -> list[int]:
-    """"3-8" or "3,4,5" as layers. Raises UnknownName for one that the host does not have."""
+    """ "3-8" or "3,4,5" as layers. Raises UnknownName for one that the host does not have."""
     out: list[int] = []
     for part in given.split(","):
         low, _, high = part.strip().partition("-")
@@ -136,7 +136,8 @@ def spread(
     MEMIT; what the layers above make of it is measured before the next takes its share). Keys and hidden states are means over prefixes,
     both of them, so that the last equation holds for what it was solved for (Gupta et al. 2024, arXiv 2403.07175, "R-ROME").
     """
-    layers, weights, ops = sorted(factors), Weights(), []
+    layers, weights = sorted(factors), Weights()
+    ops: list[Op] = []
     block = f"{host.layout.blocks}.{layers[-1]}"
     goal_PD: Tensor | None = None
     for i, layer in enumerate(layers):

@@ -42,12 +42,9 @@ def _effects(
     host: Host, modules: Sequence[str], ids: list[int], start: int, at: int, noise_STD: Float[Tensor, "S T D"], width: int
 ) -> Float[Tensor, "W"]:
     """`trace` of one prompt, of which the tokens `start` to `at` are corrupted with each of S noises."""
-    rows = len(noise_STD) + 1
-    batch = hosts.pad(host, [([*ids, ids[-1]], len(ids))] * rows)  # the last token stands for whatever comes next
+    batch = hosts.pad(host, [([*ids, ids[-1]], len(ids))] * (len(noise_STD) + 1))  # the last token stands for whatever comes next
 
     def corrupt(x: Tensor) -> Tensor:
-        if x.shape[:2] != (rows, len(ids) + 1):  # a Backpack looks up its words a second time
-            return x
         x = x.clone()
         x[1:, start : at + 1] += noise_STD.to(x)
         return x

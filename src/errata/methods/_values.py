@@ -214,7 +214,7 @@ def _values(host: Host, found: Sequence[Place], layer: int, s: Settings) -> Floa
     above = _Above(host, layer, [a for _, a in rows])
     dtype = torch.promote_types(above.h_NTD.dtype, torch.float32)
     place_N = torch.tensor([p for p, _ in rows], device=host.device)
-    plain = [next(i for i, (q, _) in enumerate(rows) if q == p) for p in range(len(found))]
+    plain = [[p for p, _ in rows].index(p) for p in range(len(found))]  # each place begins with it
     norm_P = above.h_NTD[plain, above.at_N[plain]].to(dtype).norm(dim=1)
     delta_PD = torch.zeros(len(found), above.h_NTD.shape[-1], dtype=dtype, device=host.device)
     m_PD, v_P, (b1, b2) = torch.zeros_like(delta_PD), torch.zeros_like(norm_P), BETAS
