@@ -111,8 +111,8 @@ def gains(L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"], prior: float) 
         factor_PP, wrong = torch.linalg.cholesky_ex(S_PP)
         if int(wrong):
             raise InvalidExample(
-                f"{X_KP.shape[1]} examples have keys of which one follows from the others, so no change gives each its own value. Leave one "
-                f"of them out, or give the method some slack."
+                f"Of the keys of {X_KP.shape[1]} examples one follows from the others, so no change gives each its own value. "
+                f"Leave one of them out, or give the method some slack."
             )
         Y_KP = torch.cholesky_solve(X_KP.T.contiguous(), factor_PP).T
     return torch.linalg.solve_triangular(L_KK.T, Y_KP, upper=True).T.contiguous()
@@ -164,7 +164,7 @@ def spread(
 def averaged(
     host: Host, found: Sequence[Place], module: str, block: str, weights: Weights
 ) -> tuple[Float[Tensor, "P K"], Float[Tensor, "P D"]]:
-    """(inputs of `module`, outputs of `block`) at each place, float64, the mean over prefixes, with `weights` in the place of the model's."""
+    """(inputs of `module`, outputs of `block`) at each place, float64, means over prefixes; `weights` take the place of the model's."""
     rows = [(p, ids, share) for p, place in enumerate(found) for ids, share in zip(place.keys, place.weights, strict=True)]
     key_PK, h_PD = None, None
     for group in hosts.by_length([(ids, len(ids)) for _, ids, _ in rows], hosts.at_once(host)):

@@ -4,15 +4,16 @@
             |delta| <= clamp * |h|                Meng et al. 2022, arXiv 2202.05262, equation 4; 2023, arXiv 2210.07229, equation 16
 
 h is the output of one block at the last token of the subject, or of the prompt where no subject is given (Hewitt et al. 2024, arXiv
-2402.06155, section 4.1, "standard" and "oracle"). In every layout it is the residual stream, so that a shift of it is one of its MLP's output.
+2402.06155, section 4.1, "oracle" and "standard"). In every layout it is the residual stream: a shift of it is one of its MLP's output.
 
 The facts are independent, so they are optimised side by side, and each leaves the batch when its goal is reached. Below the block nothing
 changes: its output is computed once, the steps run through the blocks above it and the head at the scored tokens alone.
 
-Unlike memit@80426fd: all four goals. Steps are lengths in units of |h|, with one second moment for each fact (Adam's m / sqrt(v), v scalar):
-a setting means the same in any model, and a batch gives what its facts give alone. Prefixes are text that holds still, not prompts in
-English, and follow from the seed. Examples that read the same text up to their place have one key, so they share one value. A subject
-may stand in the prompt more than once (the last one counts) and its last token is looked for in the whole prompt.
+Unlike memit@80426fd: all four goals. Steps are lengths in units of |h|, with one second moment for each fact (Adam's m / sqrt(v) with a
+scalar v): a setting means the same in any model, and a batch gives what its facts give alone. Prefixes are text that holds still, not
+prompts in English, and follow from the seed. The KL is taken behind "is a" (as in the paper; there: behind the subject). A fact is done
+by its goal alone (there: by the whole sum). Examples that read the same text up to their place have one key, so they share one value. A
+subject may stand in the prompt more than once (the last one counts), and its last token is looked for in the tokens of the whole prompt.
 
 File legend: N rows, T tokens, Q scored tokens, V vocabulary, P places, D model width, E examples, I an example behind one prefix.
 """

@@ -7,8 +7,8 @@ Among all W' with W' K = V this one has the least E[|W' k - W k|^2] over text. S
 after the other: the last of a sequence would break those before it, and their order would count. Keys that are nearly the same leave that
 problem without a tame solution, so with several facts `slack` times the mean of k^T C^-1 k is added to the diagonal of K^T C^-1 K.
 
-V and the layer are found as in `memit`. Unlike the ROME in memit@80426fd one key, the mean over the prefixes, is used throughout (there: in C^-1 k
-alone; Gupta et al. 2024, arXiv 2403.07175), the shift is of the block's output, and C is not left out for any model.
+V and the layer are found as in `memit`. Unlike the ROME in memit@80426fd one key, the mean over the prefixes, is used throughout (there: in
+C^-1 k alone; Gupta et al. 2024, arXiv 2403.07175), the shift is of the block's output, and C is not left out for any model.
 """
 
 from collections.abc import Iterable
