@@ -31,8 +31,8 @@ class Row:
 
 
 SMALL = {"steps": 12, "neighbours": 8, "hold": 4, "contexts": 1}
-# `stop`: of a random model nearly everything is unlikely, and what is so already is left as it is.
-CLOSED = {"layers": "0", "steps": 8, "contexts": 3, "stop": 0.0, "lam": 0.01}
+# A random model finds nearly everything unlikely: where that is what is wanted, `stop` would leave it and `decay` outweigh it.
+CLOSED = {"layers": "0", "steps": 8, "contexts": 3, "stop": 0.0, "decay": 0.0, "lam": 0.01}
 UNBOUNDED = {"budget": "a solve does not see the loss on text; the gate scales what comes out"}
 ROWS = (
     Row(method="finetune", settings=SMALL | {"lr": 1e-2}),

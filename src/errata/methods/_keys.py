@@ -43,7 +43,8 @@ def state_for(
 ) -> State:
     """The layers, given or found by tracing `examples`, and C of each, from `per_key` tokens of held text for each of its dimensions."""
     texts = run.hold or text.sampled(host, seed=run.seed)
-    chosen = layers_of(host, layers) if layers else traced_window(host, examples or [_cut(t) for t in texts if " " in t], width, run.seed)
+    prompts = examples or [_cut(t) for t in texts[:64] if " " in t]
+    chosen = layers_of(host, layers) if layers else traced_window(host, prompts, width, run.seed)
     modules = host.module_names((host.layout.mlp_out,), chosen)
     C, tokens = covariances(host, texts, modules, per_key)
     config = {"layers": chosen, "tokens": tokens}
@@ -109,7 +110,8 @@ def gains(L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"], prior: float) 
     else:
         S_PP = X_KP.T @ X_KP + prior * torch.eye(X_KP.shape[1], dtype=X_KP.dtype, device=X_KP.device)
         factor_PP, wrong = torch.linalg.cholesky_ex(S_PP)
-        if int(wrong):
+        pivots_P = factor_PP.diagonal()
+        if int(wrong) or (not prior and float(pivots_P.min()) < 1e-6 * float(pivots_P.max())):
             raise InvalidExample(
                 f"Of the keys of {X_KP.shape[1]} examples one follows from the others, so no change gives each its own value. "
                 f"Leave one of them out, or give the method some slack."
