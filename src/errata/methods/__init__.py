@@ -8,6 +8,7 @@ from errata.types import InvalidExample, Method, UnknownName
 METHODS: dict[str, str] = {
     "finetune": "errata.methods.finetune:Finetune",
     "lora": "errata.methods.lora:Lora",
+    "senses": "errata.methods.senses:Senses",
 }
 
 
