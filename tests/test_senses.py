@@ -87,10 +87,14 @@ def test_what_other_text_uses_is_left_alone() -> None:
     host = tiny_host("backpack")
     e, background = EXAMPLES[0], hosts.chunks(host, ["The capital of France is Paris, and the capital of Italy is Rome."])
     used = {i for ids, _ in background for i in ids}
-    assert used & set(choose(host, [e], background, 6, 0.0)[0].tolist()) and not used & set(choose(host, [e], background, 6, 1e6)[0].tolist())
+    assert used & set(choose(host, [e], background, 6, 0.0)[0].tolist()) and not used & set(
+        choose(host, [e], background, 6, 1e6)[0].tolist()
+    )
     ids_M, _ = choose(host, [e], background, 10_000, 1e6)
     own, _ = hosts.encode(host, e.prompt, e.target)
-    assert set(ids_M.tolist()) == set(own[:-1]) and len(ids_M) == K * len(set(own[:-1])), "no more than there are; the last token sees nothing"
+    assert set(ids_M.tolist()) == set(own[:-1]) and len(ids_M) == K * len(set(own[:-1])), (
+        "no more than there are; the last token sees nothing"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------------- cached forward
