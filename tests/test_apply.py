@@ -362,7 +362,7 @@ def test_shifts_stack_and_come_off_in_turn_beside_dense_ones(make: Callable[...,
     first = patch_of(host, one)
     dense = add(host, "backpack.sense_network.final_mlp.c_proj", seed=5)
     second = patch_of(host, dense, parent=first.id)
-    third = patch_of(host, two, low_rank(host, "lm_head"), parent=second.id)
+    third = patch_of(host, two, low_rank(host, "backpack.gpt2_model.h.0.mlp.c_proj"), parent=second.id)
     with applied(host, first):
         after_one = senses_now(host)
         torch.testing.assert_close(after_one[3, 1], base[3, 1] + one.shift[0])

@@ -213,7 +213,7 @@ def test_held_rows_without_a_chosen_token_count_in_the_share_alone(monkeypatch: 
     host, made = tiny_host("backpack"), Senses(**SMALL, k=2)
     descent, ids_M, senses_M = prepared(made, host, EXAMPLES[:1], RUN)
     left, lam = descent.pool, descent.settings.lam
-    monkeypatch.setattr(senses, "narrow", lambda *_: None)
+    monkeypatch.setattr(senses, "narrow", lambda descent, _: setattr(descent, "ways", [[e.prompt] for e in descent.examples]))
     every, *_ = prepared(made, host, EXAMPLES[:1], RUN)
     assert 0 < len(left) < len(every.pool)
     weights, whole = {NAME: drawn(len(ids_M))}, Whole(host, ids_M, senses_M)
