@@ -90,7 +90,7 @@ def same(a: Patch, b: Patch) -> bool:
     patch_of(ops=(Add(weight="a", delta=torch.tensor(1.5)), Add(weight="b", delta=torch.zeros(0)), Add(weight="c", delta=-torch.zeros(3)))),
     patch_of(ops=(AddLowRank(weight="a", A=torch.zeros(0, 3), B=torch.zeros(2, 0), scale=2.0),)),
     patch_of(ops=(Add(weight="a", delta=torch.tensor([1e-45, 3.4e38, -0.0])),)),
-], ids=["whole", "no ops", "no examples", "senses", "senses among others", "no senses", "odd shapes", "rank 0", "extreme numbers"])  # fmt: skip
+], ids=["whole", "no ops", "no examples", "senses", "senses beside", "no senses", "odd shapes", "rank 0", "extreme numbers"])  # fmt: skip
 def test_what_was_saved_is_what_is_loaded(patch: Patch, tmp_path: Path) -> None:
     path = save(patch, tmp_path / "deep" / "er" / "x.safetensors")
     assert same(load_patch(path), patch) and same(load_patch(str(path)), patch)
