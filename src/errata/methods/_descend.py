@@ -150,7 +150,7 @@ class Reader(Protocol):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Through:
     """Reads through the whole model."""
 
@@ -176,7 +176,7 @@ class Descent:
 
     def __init__(self, host: Host, examples: Sequence[Example], run: Run, settings: Settings) -> None:
         self.host, self.settings, self.rng = host, settings, random.Random(run.seed)
-        self.reader: Reader = Through(host)
+        self.reader: Reader = Through(host=host)
         self.ways: list[list[str]] = []
         self.examples = sorted(examples, key=lambda e: e.id)  # any order gives the same patch
         given = run.hold or text.sampled(host, seed=run.seed)

@@ -284,7 +284,7 @@ class Whole:
     """The same answers from the whole model, with the shifts in its table of overridden senses."""
 
     def __init__(self, host: Host, ids_M: Tensor, senses_M: Tensor) -> None:
-        self.through, self.senses_M = Through(host), senses_M
+        self.through, self.senses_M = Through(host=host), senses_M
         self.name = hosts.senses_of(host).rpartition(".")[0]
         kept = host.model.get_submodule(self.name)
         place = {token: r for r, token in enumerate(dict.fromkeys([*kept.ids.tolist(), *ids_M.tolist()]))}
