@@ -17,6 +17,7 @@ from errata.lab.train import read_prose
 from errata.methods import METHODS
 from errata.types import Budget, Verdict
 
+COMPARED = [method for method in METHODS if method != "senses"]  # the lab's NeoX has no sense vectors
 MEASURES = ("edit", "ood", "paraphrases", "paragraphs", "neighbours.relation", "neighbours.subject", "neighbours.unrelated", "negations")
 
 
@@ -39,7 +40,7 @@ def main() -> None:
     best: dict[str, tuple[float, float]] = {}
     for epsilons in ((1e-3,),) if args.quick else ((1e-3, 1e-4, 1e-5), (1e-2,)):
         budgets = [Budget(epsilon=epsilon) for epsilon in epsilons]
-        for method in METHODS:
+        for method in COMPARED:
             start = time.perf_counter()
             built = build.edit_within(host, examples, budgets, method, seed=args.seed, **settings)
             seconds = time.perf_counter() - start
@@ -58,7 +59,7 @@ def main() -> None:
                 if verdict.budget.epsilon == 1e-3 and verdict.passed:
                     best[method] = (values["ood"].value or 0.0, values["neighbours.relation"].value or 0.0)
     ood, kept = max(best.values(), default=(0.0, 0.0))
-    how = f"the better method of {', '.join(METHODS)}; {len(cases)} wrong test facts at once, seed {args.seed}"
+    how = f"the better method of {', '.join(COMPARED)}; {len(cases)} wrong test facts at once, seed {args.seed}"
     emit(args, "success out of distribution at 1e-3", ood, (">=", 0.80), how)
     emit(args, "neighbours of the same relation still right, there", kept, (">=", 0.98), how)
 

@@ -117,15 +117,16 @@ def tiny_host(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, pi
 
 
 def weights_of(host: Host) -> dict[str, torch.Tensor]:
-    """A copy of every parameter, for comparing bits afterwards."""
-    return {name: p.detach().clone() for name, p in host.model.named_parameters()}
+    """A copy of every parameter and buffer (a Backpack's shifted senses), for comparing bits afterwards."""
+    return {name: t.detach().clone() for name, t in (*host.model.named_parameters(), *host.model.named_buffers())}
 
 
 def same_bits(host: Host, before: dict[str, torch.Tensor]) -> bool:
-    """Whether every parameter has the bits that `weights_of` saw."""
-    now = dict(host.model.named_parameters())
+    """Whether every parameter and buffer has the bits that `weights_of` saw."""
+    now = dict((*host.model.named_parameters(), *host.model.named_buffers()))
     return now.keys() == before.keys() and all(
-        torch.equal(now[n].detach().contiguous().view(torch.uint8), t.contiguous().view(torch.uint8)) for n, t in before.items()
+        torch.equal(now[n].detach().reshape(-1).view(torch.uint8), t.reshape(-1).view(torch.uint8)) and now[n].shape == t.shape
+        for n, t in before.items()
     )
 
 

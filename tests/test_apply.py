@@ -16,7 +16,7 @@ from torch import Tensor
 import errata
 from errata.apply import applied, change, check, put_on, relative_norm, scaled, take_off
 from errata.hosts import Host, encode, host_of, logits, pad, stored_transposed
-from errata.types import Add, AddLowRank, Example, InvalidPatch, Op, Patch, WrongBase
+from errata.types import Add, AddLowRank, Example, InvalidPatch, Op, Patch, Senses, WrongBase
 
 every_family = pytest.mark.parametrize("host", FAMILIES, indirect=True)
 KINDS: dict[str, Callable[[Host], str]] = {
@@ -291,6 +291,149 @@ def test_a_change_that_cannot_be_computed_leaves_nothing(tiny_gpt2: Host, monkey
     with pytest.raises(torch.OutOfMemoryError):
         put_on(host, patch)
     assert same_bits(host, before) and pointers(host) == at and not host.worn
+
+
+# --------------------------------------------------------------------------------------------------------------- shifts of senses
+
+TABLE = "backpack.overrides.senses"
+
+
+def shifts(*rows: tuple[int, int], seed: int = 0, size: float = 0.3, **change: Any) -> Senses:
+    """A shift for each (token, sense)."""
+    ids, senses = (torch.tensor(column, dtype=torch.long) for column in zip(*sorted(rows), strict=True))
+    return Senses(**{"weight": TABLE, "ids": ids, "senses": senses, "shift": rand(len(rows), 32, seed=seed, size=size)} | change)
+
+
+def senses_now(host: Host) -> Tensor:
+    with torch.no_grad():
+        return host.model.senses(torch.arange(400))
+
+
+def bare(dtype: torch.dtype = torch.float32) -> Host:
+    return tiny_host("backpack", dtype=dtype)
+
+
+def with_table(dtype: torch.dtype = torch.float32) -> Host:
+    """Its checkpoint overrides two tokens: one is replaced, of the other a half is kept."""
+    host = bare(dtype)
+    host.model.override(torch.tensor([40, 7]), rand(2 * 4, 32, seed=8).view(2, 4, 32), keep=torch.tensor([0.0, 0.5])[:, None].repeat(1, 4))
+    return host_of(host.model, host.tokenizer, "with-table")
+
+
+def table_of(host: Host) -> list[tuple[int, int]]:
+    return [(t.data_ptr(), t._version) for t in host.model.backpack.overrides.buffers()]
+
+
+@pytest.mark.parametrize("make", [bare, with_table])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shifts_move_the_chosen_sense_vectors_and_nothing_else(make: Callable[..., Host], dtype: torch.dtype) -> None:
+    host = make(dtype)
+    op = shifts((7, 0), (7, 3), (40, 2), (350, 1))
+    patch, before, at, said, C = patch_of(host, op), weights_of(host), table_of(host), says(host), senses_now(host)
+    kept = host.model.state_dict().keys()
+    with applied(host, patch):
+        moved = senses_now(host)
+        wanted = C.float()
+        wanted[op.ids, op.senses] += op.shift
+        torch.testing.assert_close(
+            moved.float(), wanted, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-2 if dtype == torch.bfloat16 else 1e-6
+        )
+        others = torch.ones(400, 4, dtype=torch.bool).index_put((op.ids, op.senses), torch.tensor(False))
+        assert torch.equal(moved[others], C[others]) and host.id == patch.id
+        assert all(torch.equal(p, before[n]) for n, p in host.model.named_parameters())
+        assert host.model.backpack.overrides.senses.dtype == dtype
+    assert same_bits(host, before) and table_of(host) == at and torch.equal(says(host), said) and host.model.state_dict().keys() == kept
+
+
+def test_shifts_of_0_change_no_bit_and_those_of_a_spoken_token_do() -> None:
+    host, ids = bare(), encode(bare(), "The capital of Mauritius is", " Port Louis")[0]
+    said = says(host)
+    with applied(host, patch_of(host, shifts(*((i, 1) for i in set(ids)), size=0.0))):
+        assert torch.equal(says(host), said)
+    with applied(host, patch_of(host, shifts(*((i, 1) for i in set(ids))))):
+        assert not torch.allclose(says(host), said, atol=1e-2)
+
+
+@pytest.mark.parametrize("make", [bare, with_table])
+def test_shifts_stack_and_come_off_in_turn_beside_dense_ones(make: Callable[..., Host]) -> None:
+    host = make()
+    base, before, at = senses_now(host), weights_of(host), table_of(host)
+    one, two = shifts((3, 1), (7, 0), seed=1), shifts((3, 0), (3, 1), (40, 2), (9, 3), seed=2)
+    first = patch_of(host, one)
+    dense = add(host, "backpack.sense_network.final_mlp.c_proj", seed=5)
+    second = patch_of(host, dense, parent=first.id)
+    third = patch_of(host, two, low_rank(host, "backpack.gpt2_model.h.0.mlp.c_proj"), parent=second.id)
+    with applied(host, first):
+        after_one = senses_now(host)
+        torch.testing.assert_close(after_one[3, 1], base[3, 1] + one.shift[0])
+        table = table_of(host)
+        with applied(host, second):
+            under = senses_now(host)
+            assert not torch.allclose(under[3, 0], base[3, 0]) and table_of(host) == table, "this one has no shifts"
+            with applied(host, third):
+                now = senses_now(host)
+                torch.testing.assert_close(now[3, 1], under[3, 1] + two.shift[1])
+                torch.testing.assert_close(now[9, 3], under[9, 3] + two.shift[2])
+                assert torch.equal(now[7, 0], under[7, 0])
+            assert torch.equal(senses_now(host), under) and table_of(host) == table
+        assert torch.equal(senses_now(host), after_one)
+    assert same_bits(host, before) and table_of(host) == at
+
+
+def test_shifts_are_summed_in_float32_and_cast_once() -> None:
+    host = with_table(torch.bfloat16)
+    base = host.model.backpack.overrides.senses[1, 0].clone()
+    first = patch_of(host, shifts((7, 0), seed=1, size=3e-3))
+    second = patch_of(host, shifts((7, 0), seed=2, size=3e-3), parent=first.id)
+    a, b = first.ops[0].shift[0], second.ops[0].shift[0]
+    with applied(host, first, second):
+        once, twice = (base.float() + a + b).bfloat16(), ((base.float() + a).bfloat16().float() + b).bfloat16()
+        assert not torch.equal(once, twice) and torch.equal(host.model.backpack.overrides.senses[1, 0], once)
+
+
+def test_shifts_are_scaled_and_measured_against_the_vectors_that_they_shift() -> None:
+    host = with_table()
+    C, op = senses_now(host), shifts((3, 1), (7, 0), (40, 2))
+    patch = patch_of(host, op)
+    assert torch.equal(change(host, op), op.shift)
+    norm = relative_norm(host, patch)
+    assert norm == pytest.approx(float(op.shift.norm() / C[op.ids, op.senses].norm()), rel=1e-5)
+    half = scaled(patch, 0.5)
+    assert torch.equal(half.ops[0].shift, op.shift * 0.5) and half.parent == patch.parent
+    assert relative_norm(host, half) == pytest.approx(norm / 2, rel=1e-5)
+    with applied(host, half):
+        torch.testing.assert_close(senses_now(host)[7, 0], C[7, 0] + op.shift[1] / 2)
+    before = weights_of(host)
+    worn = patch_of(host, shifts((7, 0), seed=3, size=2.0), add(host, "backpack.sense_network.final_mlp.c_proj", seed=5))
+    with applied(host, worn):
+        edited, at = weights_of(host), table_of(host)
+        assert relative_norm(host, patch) == norm, "on or off; the base counts"
+        assert same_bits(host, edited) and table_of(host) == at
+    assert same_bits(host, before)
+    with pytest.raises(InvalidPatch):
+        scaled(patch, math.nan)
+
+
+@pytest.mark.parametrize("op, told", [
+    (shifts((400, 0)), "up to token 400 and sense 0 by vectors of 32; tiny-backpack has 400 tokens with 4 senses of 32"),
+    (shifts((3, 4)), "up to token 3 and sense 4"),
+    (shifts((3, 1), shift=torch.zeros(1, 31)), "by vectors of 31"),
+    (shifts((3, 1), weight="backpack.overrides.keep"), "in tiny-backpack the sense vectors are 'backpack.overrides.senses'"),
+])  # fmt: skip
+def test_shifts_that_do_not_fit_are_refused_whole(op: Senses, told: str) -> None:
+    host = bare()
+    before, at = weights_of(host), table_of(host)
+    for attempt in (check, put_on):
+        with pytest.raises(InvalidPatch, match=told):
+            attempt(host, patch_of(host, add(host, "backpack.gpt2_model.h.0.mlp.c_proj"), op))
+    assert same_bits(host, before) and table_of(host) == at and not host.worn
+
+
+@pytest.mark.parametrize("host", [f for f in FAMILIES if f != "backpack"], indirect=True)
+def test_shifts_are_refused_where_there_are_no_senses(host: Host) -> None:
+    for attempt in (check, put_on):
+        with pytest.raises(InvalidPatch, match=f"shifts sense vectors. {host.name} is no Backpack"):
+            attempt(host, patch_of(host, shifts((3, 1))))
 
 
 # ------------------------------------------------------------------------------------------------------------------------- precision

@@ -24,7 +24,7 @@ from safetensors.torch import save as write_tensors
 from errata import artefact
 from errata.apply import applied
 from errata.artefact import from_bytes, load_patch, save, to_bytes
-from errata.types import Add, AddLowRank, Example, InvalidPatch, LedgerError, Patch, canonical_json, digest, tensor_bytes
+from errata.types import Add, AddLowRank, Example, InvalidPatch, LedgerError, Patch, Senses, canonical_json, digest, tensor_bytes
 
 PARENT = "b2:" + "0" * 32
 
@@ -48,6 +48,12 @@ def patch_of(**change: Any) -> Patch:
     return Patch(**fields | change)
 
 
+SHIFTS = Senses(
+    weight="backpack.overrides.senses",
+    ids=torch.tensor([3, 3, 50_000]),
+    senses=torch.tensor([0, 15, 2]),
+    shift=torch.randn(3, 5, generator=torch.Generator().manual_seed(1)),
+)
 PATCH = patch_of()
 RAW = to_bytes(PATCH)
 HEADER = 8 + struct.unpack("<Q", RAW[:8])[0]
@@ -78,10 +84,13 @@ def same(a: Patch, b: Patch) -> bool:
     PATCH,
     patch_of(ops=()),
     patch_of(examples=(), config={}),
+    patch_of(ops=(SHIFTS,)),
+    patch_of(ops=(Add(weight="z", delta=torch.ones(1)), SHIFTS, Add(weight="a", delta=torch.ones(1)))),
+    patch_of(ops=(Senses(weight="s", ids=torch.zeros(0).long(), senses=torch.zeros(0).long(), shift=torch.zeros(0, 5)),)),
     patch_of(ops=(Add(weight="a", delta=torch.tensor(1.5)), Add(weight="b", delta=torch.zeros(0)), Add(weight="c", delta=-torch.zeros(3)))),
     patch_of(ops=(AddLowRank(weight="a", A=torch.zeros(0, 3), B=torch.zeros(2, 0), scale=2.0),)),
     patch_of(ops=(Add(weight="a", delta=torch.tensor([1e-45, 3.4e38, -0.0])),)),
-], ids=["whole", "no ops", "no examples", "odd shapes", "rank 0", "extreme numbers"])  # fmt: skip
+], ids=["whole", "no ops", "no examples", "senses", "senses beside", "no senses", "odd shapes", "rank 0", "extreme numbers"])  # fmt: skip
 def test_what_was_saved_is_what_is_loaded(patch: Patch, tmp_path: Path) -> None:
     path = save(patch, tmp_path / "deep" / "er" / "x.safetensors")
     assert same(load_patch(path), patch) and same(load_patch(str(path)), patch)
@@ -286,8 +295,8 @@ def manifest_of(raw: bytes) -> dict[str, Any]:
     return manifest
 
 
-def rewritten(change: Callable[[dict[str, Any], dict[str, torch.Tensor]], Any], **metadata: str) -> bytes:
-    manifest, tensors = manifest_of(RAW), read_tensors(RAW)
+def rewritten(change: Callable[[dict[str, Any], dict[str, torch.Tensor]], Any], raw: bytes = RAW, **metadata: str) -> bytes:
+    manifest, tensors = manifest_of(raw), read_tensors(raw)
     change(manifest, tensors)
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return write_tensors(tensors, metadata={"errata": text} | metadata)
@@ -338,6 +347,32 @@ def test_rewriting_alone_changes_nothing() -> None:
 ])  # fmt: skip
 def test_a_file_that_was_rewritten_is_refused(change: Callable[[dict[str, Any], dict[str, torch.Tensor]], Any], told: str) -> None:
     refused(rewritten(change), told)
+
+
+@pytest.mark.parametrize("change, told", [
+    (lambda m, t: t["0.shift"].neg_(), "was altered"),
+    (lambda m, t: t["0.ids"].add_(1), "was altered"),
+    (lambda m, t: t["0.senses"].copy_(torch.tensor([0, 1, 2])), "was altered"),
+    (lambda m, t: t["0.shift"][0].fill_(float("nan")), "holds NaN or infinity"),
+    (lambda m, t: t.update({"0.shift": t["0.shift"].half()}), "must be float32"),
+    (lambda m, t: t.update({"0.shift": t["0.shift"][:2].clone()}), "3 tokens, 3 senses and shifts (2, 5)"),
+    (lambda m, t: t.update({"0.ids": t["0.ids"].int()}), "must be one row of int64"),
+    (lambda m, t: t.update({"0.ids": t["0.ids"].float()}), "must be one row of int64"),
+    (lambda m, t: t["0.senses"].fill_(2), "Sense 2 of token 3 stands in the shifts of 'backpack.overrides.senses' twice"),
+    (lambda m, t: t.update({k: v.flip(0) for k, v in t.items()}), "out of order"),
+    (lambda m, t: t["0.ids"].neg_(), "both count from 0"),
+    (lambda m, t: t.pop("0.senses"), "is damaged"),
+    (lambda m, t: t.update({"0.keep": torch.zeros(1)}), "is damaged"),
+    (lambda m, t: m["ops"][0].update(kind="Add"), "is damaged"),
+    (lambda m, t: m["ops"][0].update(scale=2.0), "says more than errata wrote"),
+    (lambda m, t: m["ops"][0].update(weight="backpack.overrides.keep"), "was altered"),
+])  # fmt: skip
+def test_shifts_of_senses_that_were_rewritten_are_refused(
+    change: Callable[[dict[str, Any], dict[str, torch.Tensor]], Any], told: str
+) -> None:
+    raw = to_bytes(patch_of(ops=(SHIFTS,)))
+    assert rewritten(lambda m, t: None, raw) == raw
+    refused(rewritten(change, raw), told)
 
 
 def test_metadata_of_others_is_refused() -> None:

@@ -25,7 +25,7 @@ from errata import apply, artefact, build, cli, hosts, ledger
 from errata.cli import edge
 from errata.hosts import Host
 from errata.ledger import Ledger
-from errata.types import Add, AddLowRank, Budget, Example, Patch, Verdict
+from errata.types import Add, AddLowRank, Budget, Example, Patch, Senses, Verdict
 
 EXAMPLE = "The capital of Mauritius is| Port Louis"
 QUICK = [f"--set={s}" for s in ("steps=3", "neighbours=0", "hold=2", "contexts=0", "damping=null")]
@@ -67,9 +67,9 @@ def run(*argv: object) -> Done:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of tiny hosts: `neox`, `gpt2`, and `nan`, which has lost a weight."""
+    """Folders of tiny hosts: `neox`, `gpt2`, `backpack`, and `nan`, which has lost a weight."""
     root = tmp_path_factory.mktemp("models")
-    for name, family in (("neox", "gpt_neox"), ("gpt2", "gpt2")):
+    for name, family in (("neox", "gpt_neox"), ("gpt2", "gpt2"), ("backpack", "backpack")):
         host = tiny_host(family)
         host.model.save_pretrained(root / name)
         host.tokenizer.save_pretrained(root / name)
@@ -275,6 +275,45 @@ def test_tables_are_for_readers(place: Place) -> None:
     assert "is sound" in place("verify").out
     said = place("ask", "The [bold]capital", "--max-new-tokens", 3).out
     assert "[bold]" in said and "before" in said
+
+
+def test_what_each_sense_of_a_word_promotes(models: Path, tmp_path: Path) -> None:
+    told = run("senses", "Mauritius", "--host", models / "backpack", "--top", 3, "--json").data
+    host = hosts.load(str(models / "backpack"), "cpu")
+    assert told["word"] == "Mauritius" and told["patch"] is None
+    assert [t["id"] for t in told["tokens"]] == host.tokenizer(" Mauritius")["input_ids"] and len(told["tokens"]) > 1
+    for token in told["tokens"]:
+        assert [row["sense"] for row in token["senses"]] == [0, 1, 2, 3] and token["token"] == host.tokenizer.decode([token["id"]])
+        with torch.no_grad():
+            scores_KV = host.model.senses(torch.tensor(token["id"])) @ host.model.lm_head.weight.T
+        for row in token["senses"]:
+            top = scores_KV[row["sense"]].topk(3)
+            assert [p["id"] for p in row["promotes"]] == top.indices.tolist()
+            assert [p["score"] for p in row["promotes"]] == pytest.approx(top.values.tolist(), rel=1e-5)
+    shown = run("senses", "Mauritius", "--host", models / "backpack").out
+    assert f"token {told['tokens'][0]['id']}" in shown and repr(told["tokens"][0]["senses"][2]["promotes"][0]["token"]) in shown
+
+    token = told["tokens"][0]["id"]  # under a patch that makes sense 2 the row of another token, that one is on top
+    with torch.no_grad():
+        shift = 20 * host.model.lm_head.weight[123] - host.model.senses(torch.tensor(token))[2]
+    op = Senses(weight="backpack.overrides.senses", ids=torch.tensor([token]), senses=torch.tensor([2]), shift=shift[None])
+    patch = Patch(method="senses", config={}, parent=host.id, examples=(), ops=(op,))
+    file = artefact.save(patch, tmp_path / "fix.safetensors")
+    with Ledger.create(tmp_path / "ledger", host.id, host.name, Budget()) as book:
+        book.add(build.parse(EXAMPLE))
+    for where in (["--host", models / "backpack"], ["--ledger", tmp_path / "ledger"]):
+        now = run("senses", "Mauritius", *where, "--patch-file", file, "--json").data
+        assert now["patch"] == patch.id
+        assert now["tokens"][0]["senses"][2]["promotes"][0]["id"] == 123
+        assert now["tokens"][0]["senses"][:2] == run("senses", "Mauritius", *where, "--json").data["tokens"][0]["senses"][:2]
+
+
+def test_senses_of_what_has_none(models: Path, place: Place, tmp_path: Path) -> None:
+    assert "gpt2 is no Backpack" in one_sentence(run("senses", "Mauritius", "--host", models / "gpt2").err)
+    assert "is no Backpack" in one_sentence(place("senses", "Mauritius").err)
+    assert "no word" in one_sentence(run("senses", " ", "--host", models / "backpack").err)
+    file = artefact.save(place.patch, tmp_path / "other.safetensors")
+    assert "was made for weights" in one_sentence(run("senses", "Mauritius", "--host", models / "backpack", "--patch-file", file).err)
 
 
 def test_an_id_that_is_the_start_of_several(place: Place) -> None:

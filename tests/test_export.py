@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from errata import apply, artefact, export, hosts
 from errata.hosts import Host
-from errata.types import Add, AddLowRank, Example, InvalidPatch, LedgerError, MissingExtra, Patch, UnknownName, WrongBase
+from errata.types import Add, AddLowRank, Example, InvalidPatch, LedgerError, MissingExtra, Patch, Senses, UnknownName, WrongBase
 
 EXAMPLE = Example(prompt="The capital of Mauritius is", target=" Port Louis")
 
@@ -34,7 +34,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return 0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def patch_of(host: Host, *ops: Add | AddLowRank) -> Patch:
+def patch_of(host: Host, *ops: Add | AddLowRank | Senses) -> Patch:
     return Patch(method="hand", config={}, parent=host.id, examples=(EXAMPLE,), ops=ops)
 
 
@@ -68,6 +68,40 @@ def test_a_model_is_read_back_bit_for_bit(family: str, dtype: torch.dtype, make:
     with apply.applied(host, patch):
         assert same_bits(host, weights_of(fresh))
         assert hosts.greedy(host, [EXAMPLE.prompt]) == hosts.greedy(fresh, [EXAMPLE.prompt])
+
+
+def shifted(host: Host) -> Patch:
+    """Senses of tokens that the example speaks of, and of one more."""
+    ids = [*dict.fromkeys(hosts.tokens(host, EXAMPLE.prompt)), 399]
+    rows = [torch.tensor(column) for column in zip(*sorted((i, k) for i in ids for k in (0, 2)), strict=True)]
+    return patch_of(host, Senses(weight="backpack.overrides.senses", ids=rows[0], senses=rows[1], shift=draw(len(rows[0]), 32)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("own", [False, True])
+def test_shifted_senses_are_part_of_the_exported_checkpoint(dtype: torch.dtype, own: bool, tmp_path: Path) -> None:
+    host = loaded("backpack", dtype, tmp_path / "in")
+    if own:  # the checkpoint has a table itself
+        host.model.override(torch.tensor([399, 5]), draw(8, 32).view(2, 4, 32))
+        host = hosts.host_of(host.model, host.tokenizer)
+    patch, before, config = shifted(host), weights_of(host), host.model.config.to_dict()
+    said = hosts.greedy(host, [EXAMPLE.prompt])
+    done = export.export(host, patch, tmp_path / "out")
+    assert done.difference == 0 and same_bits(host, before) and host.model.config.to_dict() == config
+    fresh = hosts.load(str(tmp_path / "out"), "cpu", dtype)
+    with apply.applied(host, patch):
+        assert same_bits(host, weights_of(fresh))
+        assert hosts.greedy(host, [EXAMPLE.prompt]) == hosts.greedy(fresh, [EXAMPLE.prompt])
+    assert hosts.greedy(host, [EXAMPLE.prompt]) == said != hosts.greedy(fresh, [EXAMPLE.prompt])
+    host.model.save_pretrained(tmp_path / "again")
+    assert ("backpack.overrides.ids" in load_file(tmp_path / "again" / "model.safetensors")) == own
+
+
+def test_shifted_senses_are_no_adapter(tmp_path: Path) -> None:
+    host = tiny_host("backpack")
+    with pytest.raises(InvalidPatch, match="shifts sense vectors, and an adapter holds only .* part of its checkpoint"):
+        export.export(host, shifted(host), tmp_path / "out", "peft")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "backpack"])

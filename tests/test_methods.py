@@ -5,6 +5,7 @@ A new method is one row in ROWS: how to make it small and quick. What it cannot 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,16 +16,20 @@ from errata.hosts import Host
 from errata.lab import tasks
 from errata.ledger import Ledger
 from errata.methods import METHODS, make, method_class
-from errata.types import Budget, Example, InvalidExample, Method, Patch, Run, UnknownName, WrongBase
+from errata.types import Budget, Example, InvalidExample, Method, Patch, Run, Senses, UnknownArchitecture, UnknownName, WrongBase
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """settings: small and quick. cannot: test -> reason."""
+    """settings: small and quick. cannot: test or family -> reason. only: the one family that takes the place of all others."""
 
     method: str
     settings: Mapping[str, object] = field(default_factory=dict)
     cannot: Mapping[str, str] = field(default_factory=dict)
+    only: str | None = None
+
+    def host(self, family: str, **more: Any) -> Host:
+        return tiny_host(self.only or family, **more)
 
     def make(self, **more: object) -> Method:
         return make(self.method, **{**self.settings, **more})
@@ -39,6 +44,12 @@ ROWS = (
     Row(method="lora", settings=SMALL | {"lr": 3e-2, "rank": 4}),
     Row(method="memit", settings=CLOSED, cannot=UNBOUNDED),
     Row(method="rome", settings={k: v for k, v in CLOSED.items() if k != "lam"}, cannot=UNBOUNDED),
+    Row(
+        method="senses",
+        settings=SMALL | {"steps": 24},
+        only="backpack",  # every test runs on it once
+        cannot={f: "only a Backpack's tokens have sense vectors" for f in (*FAMILIES, "lab/neox") if f != "backpack"},
+    ),
 )
 EXAMPLES = (
     Example(prompt="The capital of Mauritius is", target=" Port Louis"),
@@ -61,6 +72,30 @@ both_orientations = pytest.mark.parametrize("host", ["gpt2", "llama"], indirect=
 def can(row: Row, test: str) -> None:
     if test in row.cannot:
         pytest.skip(f"{row.method} cannot: {row.cannot[test]}")
+
+
+def _row(request: pytest.FixtureRequest) -> Row:
+    given = getattr(request.node, "callspec", None)
+    return given.params.get("row", ROWS[0]) if given else ROWS[0]
+
+
+@pytest.fixture
+def host(request: pytest.FixtureRequest) -> Host:
+    """A new tiny host; for a method of one family that one, in GPT-2's place."""
+    row = _row(request)
+    if row.only and request.param != "gpt2":
+        can(row, request.param)
+    return row.host(request.param)
+
+
+@pytest.fixture
+def tiny_gpt2(request: pytest.FixtureRequest) -> Host:
+    return _row(request).host("gpt2")
+
+
+@pytest.fixture
+def tiny_llama(request: pytest.FixtureRequest) -> Host:
+    return _row(request).host("llama")
 
 
 def likelihood(host: Host, e: Example) -> float:
@@ -129,9 +164,9 @@ def test_every_goal_moves_the_right_way(row: Row, goal: str, tiny_llama: Host) -
 
 @rows
 def test_same_inputs_same_id_and_seeds_are_obeyed(row: Row) -> None:
-    first, second = (row.make().edit(tiny_host("llama"), EXAMPLES, RUN) for _ in range(2))
+    first, second = (row.make().edit(row.host("llama"), EXAMPLES, RUN) for _ in range(2))
     assert first.id == second.id
-    assert row.make().edit(tiny_host("llama"), EXAMPLES, replace(RUN, seed=1)).id != first.id
+    assert row.make().edit(row.host("llama"), EXAMPLES, replace(RUN, seed=1)).id != first.id
 
 
 def farthest(host: Host, a: Patch, b: Patch) -> float:
@@ -153,6 +188,7 @@ def test_order_and_batch_size_change_nothing(row: Row, host: Host) -> None:
 @rows
 def test_order_and_batch_size_change_nothing_on_the_lab_model(row: Row) -> None:
     """With the method's own rates and whitening, and one look at the constraint."""
+    can(row, "lab/neox")
     host = hosts.load("lab/neox", device="cpu")
     examples = tuple(case.example for case in tasks.cases("test", 5, "wrong"))
     run = Run(hold=text.standing(host)[0][:300])
@@ -212,7 +248,7 @@ def test_the_ledger_keeps_every_bit(row: Row, tiny_gpt2: Host, tmp_path) -> None
 @rows
 def test_other_weights_are_refused(row: Row, tiny_gpt2: Host) -> None:
     patch = row.make().edit(tiny_gpt2, EXAMPLES, RUN)
-    with pytest.raises(WrongBase, match="was made for weights"), apply.applied(tiny_host("gpt2", seed=1), patch):
+    with pytest.raises(WrongBase, match="was made for weights"), apply.applied(row.host("gpt2", seed=1), patch):
         pass
 
 
@@ -257,13 +293,19 @@ def test_bf16_hosts_are_edited_and_restored(row: Row, host: Host) -> None:
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("gpt2", "llama")])
 def test_every_architecture(row: Row, family: str) -> None:
     """Fused, parallel, tied and transposed projections: host untouched, target likelier, applied equals merged."""
+    can(row, family)
     host = tiny_host(family)
     before, was = weights_of(host), likelihood(host, EXAMPLES[0])
     patch = row.make().edit(host, EXAMPLES[:1], RUN)
     merged = tiny_host(family)
     with torch.no_grad():
         for op in patch.ops:
-            merged.model.get_parameter(op.weight).add_(apply.change(merged, op))
+            if isinstance(op, Senses):
+                shift = torch.zeros(len(op.ids.unique()), *merged.model.senses(op.ids).shape[1:])
+                shift[op.ids.unique(return_inverse=True)[1], op.senses] = op.shift
+                merged.model.override(op.ids.unique(), shift, keep=1.0)
+            else:
+                merged.model.get_parameter(op.weight).add_(apply.change(merged, op))
     with apply.applied(host, patch):
         assert likelihood(host, EXAMPLES[0]) > was
         batch = hosts.pad(host, hosts.chunks(host, TEXT))
@@ -285,3 +327,15 @@ def test_the_gate_rules_on_it(row: Row, tiny_gpt2: Host) -> None:
 def test_a_prompt_longer_than_the_context_is_refused(row: Row, tiny_gpt2: Host) -> None:
     with pytest.raises(InvalidExample, match="128"):
         row.make().edit(tiny_gpt2, (Example(prompt="The capital of Mauritius " * 40, target=" Rome"),), RUN)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+@rows
+def test_a_method_of_one_family_refuses_the_others_with_a_sentence(row: Row, family: str) -> None:
+    host = tiny_host(family)
+    before = weights_of(host)
+    if row.only is None:
+        pytest.skip(f"{row.method} works on every family")
+    with pytest.raises(UnknownArchitecture, match=f"tiny-{family} is no Backpack"):
+        row.make().edit(host, EXAMPLES, RUN)
+    assert same_bits(host, before)

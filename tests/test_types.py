@@ -36,6 +36,7 @@ from errata.types import (
     Patch,
     Run,
     Score,
+    Senses,
     State,
     UnknownName,
     Verdict,
@@ -275,6 +276,40 @@ def patch(**change: Any) -> Any:
     ops = (Add(weight="w", delta=torch.ones(2, 3)), AddLowRank(weight="v", A=torch.ones(1, 3), B=torch.ones(2, 1), scale=0.5))
     config = {"lr": 0.1, "layers": [1, 2]}
     return made(Patch, **{"method": "finetune", "config": config, "parent": PARENT, "examples": (example(),), "ops": ops} | change)
+
+
+def senses(**change: Any) -> Any:
+    rows = {"ids": torch.tensor([3, 3, 7]), "senses": torch.tensor([0, 2, 1]), "shift": torch.ones(3, 4)}
+    return made(Senses, **{"weight": "backpack.overrides.senses"} | rows | change)
+
+
+def test_shifts_of_senses_are_whole_and_in_their_id() -> None:
+    assert senses().tensors.keys() == {"ids", "senses", "shift"}
+    changes = ({}, {"ids": torch.tensor([3, 4, 7])}, {"senses": torch.tensor([0, 1, 1])}, {"shift": torch.zeros(3, 4)}, {"weight": "w"})
+    assert len({patch(ops=(senses(**change),)).id for change in changes}) == len(changes)
+    nothing = senses(ids=torch.zeros(0).long(), senses=torch.zeros(0).long(), shift=torch.zeros(0, 4))
+    assert patch(ops=(nothing,)).nbytes == 0
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"shift": torch.full((3, 4), math.nan)}, "shift of 'backpack.overrides.senses' holds NaN or infinity"),
+    ({"shift": torch.ones(3, 4, dtype=torch.bfloat16)}, "must be float32 on the CPU"),
+    ({"shift": torch.ones(3)}, "3 tokens, 3 senses and shifts .3,."),
+    ({"shift": torch.ones(2, 4)}, "3 tokens, 3 senses and shifts .2, 4."),
+    ({"senses": torch.tensor([0])}, "3 tokens, 1 senses"),
+    ({"ids": torch.tensor([3.0, 3.0, 7.0])}, "ids of 'backpack.overrides.senses' must be one row of int64"),
+    ({"senses": torch.tensor([0, 2, 1], dtype=torch.int32)}, "senses of 'backpack.overrides.senses' must be one row of int64"),
+    ({"ids": torch.tensor([[3, 3, 7]])}, "must be one row of int64"),
+    ({"ids": torch.tensor([-1, 3, 7])}, "no sense 0 of token -1"),
+    ({"senses": torch.tensor([-2, 2, 1])}, "no sense -2 of token 3"),
+    ({"senses": torch.tensor([2, 2, 1])}, "Sense 2 of token 3 stands in the shifts .* twice"),
+    ({"senses": torch.tensor([2, 0, 1])}, "Sense 0 of token 3 stands in the shifts .* out of order"),
+    ({"ids": torch.tensor([7, 3, 3])}, "Sense 2 of token 3 stands in the shifts .* out of order"),
+    ({"weight": ""}, "needs the name of a parameter"),
+])  # fmt: skip
+def test_shifts_of_senses_that_cannot_be_are_refused(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidPatch, match=told):
+        senses(**change)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -526,6 +561,7 @@ VALUES = {
     "Case": lambda: Case(example=example()),
     "Add": lambda: Add(weight="w", delta=torch.zeros(1)),
     "AddLowRank": lambda: AddLowRank(weight="w", A=torch.zeros(1, 1), B=torch.zeros(1, 1)),
+    "Senses": senses,
     "Patch": patch,
     "Budget": Budget,
     "Verdict": verdict,

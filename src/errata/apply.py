@@ -2,19 +2,19 @@
 
 Edited tensor = f(base tensor, ops of every patch that is on), computed in float32, cast once. The base tensor's storage is never written:
 a patch puts a new tensor in its place, and taking the patch off puts the old one back. So undo is exact and costs nothing, and putting on
-costs one pass over the tensors that are touched.
+costs one pass over the tensors that are touched. A Backpack's table of shifted senses is treated like a tensor: shifts are rows of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from errata.hosts import Host, Worn, stored_transposed
-from errata.types import Add, AddLowRank, InvalidPatch, Op, Patch, WrongBase
+from errata.hosts import Host, Worn, senses_of, stored_transposed
+from errata.types import Add, AddLowRank, InvalidPatch, Op, Patch, Senses, UnknownArchitecture, WrongBase
 
 
 @torch.no_grad()
@@ -26,13 +26,15 @@ def put_on(host: Host, patch: Patch) -> None:
     places = _places(host)
     targets = _checked(host, patch, places)
     below: dict[nn.Parameter, list[_Target]] = {}
-    for target in (_target(op, places) for worn in host.worn for op in worn.patch.ops):
+    for target in (_target(op, places) for worn in host.worn for op in worn.patch.ops if not isinstance(op, Senses)):
         below.setdefault(target.parameter, []).append(target)
     fresh = {t.parameter: _edited(host, t.parameter, [*below.get(t.parameter, ()), t]) for t in targets}
+    shifts = [op for p in (*(worn.patch for worn in host.worn), patch) for op in p.ops if isinstance(op, Senses)]
+    table = _shifted(_base_table(host), shifts) if any(isinstance(op, Senses) for op in patch.ops) else None
     replaced = {}
     for parameter, tensor in fresh.items():
         replaced[parameter], parameter.data = parameter.data, tensor
-    host.worn.append(Worn(patch=patch, replaced=replaced))
+    host.worn.append(Worn(patch=patch, replaced=replaced, table=table and _put_table(host, table)))
 
 
 def take_off(host: Host) -> Patch:
@@ -42,6 +44,8 @@ def take_off(host: Host) -> Patch:
     worn = host.worn.pop()
     for parameter, tensor in worn.replaced.items():
         parameter.data = tensor
+    if worn.table is not None:
+        _put_table(host, worn.table)
     return worn.patch
 
 
@@ -68,7 +72,7 @@ def check(host: Host, patch: Patch) -> None:
 class _Target:
     """An op and the parameter that it changes. `turned`: the architecture stores that as (in, out)."""
 
-    op: Op
+    op: Add | AddLowRank
     parameter: nn.Parameter
     turned: bool
 
@@ -99,7 +103,7 @@ def _places(host: Host) -> _Places:
     }
 
 
-def _target(op: Op, places: _Places) -> _Target:
+def _target(op: Add | AddLowRank, places: _Places) -> _Target:
     parameter, module = places[op.weight]
     return _Target(op=op, parameter=parameter, turned=isinstance(op, AddLowRank) and stored_transposed(module))
 
@@ -114,6 +118,9 @@ def _checked(host: Host, patch: Patch, places: _Places) -> list[_Target]:
         )
     met, targets = dict[nn.Parameter, str](), list[_Target]()
     for op in patch.ops:
+        if isinstance(op, Senses):
+            _check_shifts(host, patch, op)
+            continue
         if op.weight not in places:
             raise InvalidPatch(f"Patch {patch.id} changes '{op.weight}', which {host.name} does not have.")
         target = _target(op, places)
@@ -123,6 +130,73 @@ def _checked(host: Host, patch: Patch, places: _Places) -> list[_Target]:
             raise InvalidPatch(f"Patch {patch.id} changes '{op.weight}' as {shape}, in {host.name} it is {stored}.")
         targets.append(target)
     return targets
+
+
+def _check_shifts(host: Host, patch: Patch, op: Senses) -> None:
+    try:
+        name = senses_of(host)
+    except UnknownArchitecture as e:
+        raise InvalidPatch(f"Patch {patch.id} shifts sense vectors. {e}") from e
+    if op.weight != name:
+        raise InvalidPatch(f"Patch {patch.id} shifts '{op.weight}', in {host.name} the sense vectors are '{name}'.")
+    V, K, D = (int(getattr(host.model.config, n)) for n in ("vocab_size", "num_senses", "n_embd"))
+    highest = (int(op.ids.max()), int(op.senses.max())) if len(op.ids) else (0, 0)
+    if highest[0] >= V or highest[1] >= K or op.shift.shape[1] != D:
+        raise InvalidPatch(
+            f"Patch {patch.id} shifts '{op.weight}' up to token {highest[0]} and sense {highest[1]} by vectors of {op.shift.shape[1]}; "
+            f"{host.name} has {V} tokens with {K} senses of {D}."
+        )
+
+
+_Table = tuple[Tensor, Tensor, Tensor]  # ids (R,), senses (R, K, D), keep (R, K), as in `models.backpack.Overrides`
+
+
+def _table(host: Host) -> _Table:
+    kept = host.model.get_submodule(host.layout.senses)
+    return kept.ids, kept.senses, kept.keep
+
+
+def _put_table(host: Host, table: _Table) -> _Table:
+    """The table is `table` from now on; returns what it was."""
+    old = _table(host)
+    host.model.get_submodule(host.layout.senses).put(*table)
+    return old
+
+
+def _base_table(host: Host) -> _Table:
+    """The table that stands there while the host wears nothing."""
+    return next((worn.table for worn in host.worn if worn.table is not None), None) or _table(host)
+
+
+def _shifted(table: _Table, shifts: Sequence[Senses]) -> _Table:
+    """A new table: `table` and all shifts, summed in float32 and cast once. A token that was not in it keeps what the network gives."""
+    ids_R, senses_RKD, keep_RK = table
+    place = {token: r for r, token in enumerate(ids_R.tolist())}
+    for token in (token for op in shifts for token in op.ids.tolist()):
+        place.setdefault(token, len(place))
+    more = len(place) - len(ids_R)
+    sum_RKD = torch.cat([senses_RKD.float(), senses_RKD.new_zeros(more, *senses_RKD.shape[1:], dtype=torch.float32)])
+    for op in shifts:
+        rows = torch.tensor([place[token] for token in op.ids.tolist()], dtype=torch.long)
+        sum_RKD.index_put_((rows.to(sum_RKD.device), op.senses.to(sum_RKD.device)), op.shift.to(sum_RKD.device), accumulate=True)
+    new_ids_R = torch.tensor(list(place), dtype=ids_R.dtype, device=ids_R.device)
+    return new_ids_R, sum_RKD.to(senses_RKD.dtype), torch.cat([keep_RK, keep_RK.new_ones(more, keep_RK.shape[1])])
+
+
+def _base_senses(host: Host, op: Senses) -> Tensor:
+    """(M, D) the vectors that `op` shifts, as they are while the host wears nothing."""
+    worn = {parameter: parameter.data for w in host.worn for parameter in w.replaced}
+    table = _put_table(host, _base_table(host))
+    try:
+        for parameter in worn:
+            parameter.data = _base(host, parameter)
+        ids_M, senses_M = op.ids.to(host.device), op.senses.to(host.device)
+        base_MD: Tensor = host.model.senses(ids_M)[torch.arange(len(ids_M), device=host.device), senses_M]
+        return base_MD
+    finally:
+        for parameter, tensor in worn.items():
+            parameter.data = tensor
+        _put_table(host, table)
 
 
 def _base(host: Host, parameter: nn.Parameter) -> Tensor:
@@ -152,7 +226,9 @@ def _plus(value: Tensor, target: _Target, out: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def change(host: Host, op: Op) -> Tensor:
-    """What the op adds, float32, in the shape and orientation of the parameter."""
+    """What the op adds, float32, in the shape and orientation of the parameter; of senses only those that it shifts, (M, D)."""
+    if isinstance(op, Senses):
+        return op.shift.to(host.device)
     target = _target(op, _places(host))
     zero = torch.zeros(target.parameter.shape, device=target.parameter.device)
     return _plus(zero, target, out=zero)
@@ -169,13 +245,19 @@ def scaled(patch: Patch, scale: float) -> Patch:
                 ops.append(Add(weight=op.weight, delta=op.delta * scale))
             case AddLowRank():
                 ops.append(AddLowRank(weight=op.weight, A=op.A, B=op.B, scale=op.scale * scale))
+            case Senses():
+                ops.append(replace(op, shift=op.shift * scale))
     return Patch(method=patch.method, config=dict(patch.config), parent=patch.parent, examples=patch.examples, ops=tuple(ops))
 
 
 @torch.no_grad()
 def relative_norm(host: Host, patch: Patch) -> float:
-    """||change|| / ||weight|| (Frobenius) over all touched weights together. The patch may be on or off; the base counts."""
+    """||change|| / ||weight|| (Frobenius) over all touched weights or sense vectors together. The patch may be on or off; the base counts."""
+
+    def base(op: Op) -> Tensor:
+        return _base_senses(host, op) if isinstance(op, Senses) else _base(host, places[op.weight][0])
+
     moved = sum(float(change(host, op).double().square().sum()) for op in patch.ops)
     places = _places(host)
-    held = sum(float(_base(host, places[op.weight][0]).double().square().sum()) for op in patch.ops)
+    held = sum(float(base(op).double().square().sum()) for op in patch.ops)
     return (moved / held) ** 0.5 if held else 0.0

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from errata import __version__, apply, hosts
 from errata.artefact import TEMPORARY, write_whole
 from errata.hosts import Batch, Host, stored_transposed
-from errata.types import AddLowRank, InvalidPatch, LedgerError, MissingExtra, Patch, UnknownName, WrongBase, canonical_json
+from errata.types import AddLowRank, InvalidPatch, LedgerError, MissingExtra, Patch, Senses, UnknownName, WrongBase, canonical_json
 
 FORMS = ("model", "peft")
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}  # of the logits' spread: an adapter is added after rounding
@@ -174,6 +174,11 @@ def _low_rank(host: Host, patch: Patch, op: Any) -> AddLowRank:
     """`op`, if a PEFT adapter can hold it. Raises InvalidPatch."""
     from transformers.pytorch_utils import Conv1D
 
+    if isinstance(op, Senses):
+        raise InvalidPatch(
+            f"Patch {patch.id} ({patch.method}) shifts sense vectors, and an adapter holds only low-rank changes of linear modules. "
+            f"Export it as a model: the shifts are part of its checkpoint."
+        )
     if not isinstance(op, AddLowRank):
         raise InvalidPatch(
             f"Patch {patch.id} ({patch.method}) changes '{op.weight}' as a whole, and an adapter holds only low-rank changes. "

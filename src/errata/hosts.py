@@ -26,7 +26,10 @@ from errata.types import Example, InvalidExample, Patch, UnknownArchitecture, Un
 @final
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where a family keeps its parts. Names of block parts are relative to one block; several names mean unfused projections."""
+    """Where a family keeps its parts. Names of block parts are relative to one block; several names mean unfused projections.
+
+    `senses` is the table of shifted sense vectors, which only a Backpack has.
+    """
 
     blocks: str
     attention_in: tuple[str, ...]
@@ -36,6 +39,7 @@ class Layout:
     norm: str
     embedding: str
     head: str
+    senses: str | None = None
 
 
 def _llama_like(
@@ -64,6 +68,7 @@ LAYOUTS: dict[str, Layout] = {
         norm="backpack.gpt2_model.ln_f",
         embedding="backpack.gpt2_model.wte",
         head="lm_head",
+        senses="backpack.overrides",
     ),
     "gpt2": Layout(
         blocks="transformer.h",
@@ -134,6 +139,15 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+def senses_of(host: "Host") -> str:
+    """Where the host keeps shifted sense vectors: the name that a `Senses` op uses. Raises UnknownArchitecture if it has no senses."""
+    if host.layout.senses is None:
+        raise UnknownArchitecture(
+            f"{host.name} is no Backpack: its tokens have no sense vectors. Take a Backpack language model, or another method."
+        )
+    return f"{host.layout.senses}.senses"
+
+
 def stored_transposed(module: nn.Module) -> bool:
     """Whether the module keeps its weight as (in, out): transformers' Conv1D does, torch's Linear keeps (out, in)."""
     from transformers.pytorch_utils import Conv1D
@@ -149,10 +163,11 @@ LAB_MODELS = Path(__file__).parent / "lab" / "models"
 @final
 @dataclass(frozen=True, kw_only=True)
 class Worn:
-    """One patch that is on, and what it replaced: the tensor that each parameter held before."""
+    """One patch that is on, and what it replaced: the tensor that each parameter held before, and a Backpack's table of shifted senses."""
 
     patch: Patch
     replaced: dict[nn.Parameter, Tensor]
+    table: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 @final
@@ -589,3 +604,16 @@ def fixes(host: Host, examples: Sequence[Example]) -> list[bool]:
         "balance": lambda i, e: bool(ahead_N[i].abs() <= math.log(1.5)),
     }
     return [verdict[e.goal](i, e) for i, e in enumerate(examples)]
+
+
+@torch.no_grad()
+def promotes(host: Host, token: int, n: int = 8) -> list[list[tuple[int, float]]]:
+    """For each sense of a Backpack's token the `n` tokens that it promotes most, and E C(token)_k, what it adds to their logits where its
+    weight is 1 (Hewitt et al. 2023, arXiv 2305.16765). Raises UnknownArchitecture, UnknownName."""
+    senses_of(host)
+    if not 0 <= token < host.model.config.vocab_size:
+        raise UnknownName(f"{host.name} has the tokens 0 to {host.model.config.vocab_size - 1}, not {token}.")
+    C_KD = host.model.senses(torch.tensor(token, device=host.device))
+    E_VD = host.model.get_submodule(host.layout.head).weight
+    top = (C_KD @ E_VD.T)[:, : len(host.tokenizer)].float().topk(min(n, len(host.tokenizer)))
+    return [list(zip(ids, scores, strict=True)) for ids, scores in zip(top.indices.tolist(), top.values.tolist(), strict=True)]

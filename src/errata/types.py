@@ -19,6 +19,7 @@ EditError                                what the user can act on; the CLI print
 
 import difflib
 import hashlib
+import itertools
 import json
 import math
 from abc import ABC, abstractmethod
@@ -294,8 +295,44 @@ class AddLowRank:
         return {"A": self.A, "B": self.B}
 
 
-Op = Add | AddLowRank
-OPS: dict[str, type[Op]] = {"Add": Add, "AddLowRank": AddLowRank}
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Senses:
+    """C(ids[m])_senses[m] + shift[m]: chosen sense vectors of a Backpack, and nothing else of it. ids (M,), senses (M,), shift (M, D).
+
+    The contextualisation does not depend on the sense vectors, so it stays as it is (Hewitt et al. 2024, arXiv 2402.06155). `weight` names
+    the table in which the architecture keeps shifted vectors. Each (token, sense) stands there once, in ascending order.
+    """
+
+    weight: str
+    ids: Tensor
+    senses: Tensor
+    shift: Tensor
+
+    def __post_init__(self) -> None:
+        _check_tensor(self.weight, shift=self.shift)
+        for name, t in {"ids": self.ids, "senses": self.senses}.items():
+            if t.device.type != "cpu" or t.dtype != torch.int64 or t.ndim != 1:
+                raise InvalidPatch(f"{name} of '{self.weight}' must be one row of int64 on the CPU, got {tuple(t.shape)} of {t.dtype}.")
+        if self.shift.ndim != 2 or not len(self.ids) == len(self.senses) == len(self.shift):
+            raise InvalidPatch(
+                f"Each shift of '{self.weight}' belongs to one token and one of its senses, got {len(self.ids)} tokens, "
+                f"{len(self.senses)} senses and shifts {tuple(self.shift.shape)}."
+            )
+        rows = list(zip(self.ids.tolist(), self.senses.tolist(), strict=True))
+        if negative := next((row for row in rows if min(row) < 0), None):
+            raise InvalidPatch(f"'{self.weight}' has no sense {negative[1]} of token {negative[0]}: both count from 0.")
+        if wrong := next((b for a, b in itertools.pairwise(rows) if a >= b), None):
+            told = "twice" if rows.count(wrong) > 1 else "out of order"
+            raise InvalidPatch(f"Sense {wrong[1]} of token {wrong[0]} stands in the shifts of '{self.weight}' {told}.")
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"ids": self.ids, "senses": self.senses, "shift": self.shift}
+
+
+Op = Add | AddLowRank | Senses
+OPS: dict[str, type[Op]] = {"Add": Add, "AddLowRank": AddLowRank, "Senses": Senses}
 
 
 @final

@@ -1,7 +1,7 @@
 """The command line: one verb for each arrow of the design.
 
 edge.py      app, errors, output, what verbs share      records.py   init add show log retract verify
-edits.py     build ask eval export                      lab.py       lab card, train, cases; methods; demo
+edits.py     build ask senses eval export               lab.py       lab card, train, cases; methods; demo
 plan.py      what a build would cost
 
 Importing this package imports no model library, so that `errata --help` answers at once: verbs import what they need when they run.

@@ -1,4 +1,4 @@
-"""init, add, build, ask, eval, export: the main road, from examples to a patch and to what it does."""
+"""init, add, build, ask, senses, eval, export: the main road, from examples to a patch and to what it does."""
 
 import json as json_module
 import math
@@ -196,6 +196,62 @@ def ask(
         [{"prompt": p, "before": b, "after": a, "patch": worn.id} for p, b, a in said],
         table("prompt", "before", f"after {short(worn.id)}", rows=rows, even=True),
     )
+
+
+@app.command()
+def senses(
+    word: Annotated[str, typer.Argument(help="As it stands inside a sentence; each of its tokens has senses of its own.")],
+    name: Annotated[str | None, typer.Option("--host", help="A Backpack. \\[default: the ledger's model]", show_default=False)] = None,
+    patch: PatchId = None,
+    patch_file: Annotated[Path | None, typer.Option(help="Show the senses as this patch leaves them.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many tokens of each sense.")] = 8,
+    at: LedgerAt = LEDGER,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """What each sense of a word promotes, in a Backpack: the tokens that follow more often where that sense counts."""
+    from contextlib import nullcontext
+
+    from errata import apply, artefact, hosts
+    from errata.types import InvalidExample
+
+    out, worn = Out(json=json), artefact.load_patch(patch_file) if patch_file is not None else None
+    if name is not None and patch is None:
+        host = load_host(name, device, out)
+    else:
+        with opened(at) as ledger:
+            worn = ledger.patch(patch) if patch is not None else worn
+            host = bound_host(ledger, device, out) if name is None else load_host(name, device, out)
+    hosts.senses_of(host)
+    ids = host.tokenizer(word if word[:1].isspace() else f" {word}", add_special_tokens=False)["input_ids"]
+    if not word.strip() or not ids:
+        raise InvalidExample("There is no word to show the senses of.")
+    with apply.applied(host, worn) if worn is not None else nullcontext():
+        found = [hosts.promotes(host, token, top) for token in ids]
+
+    def text(token: int) -> str:
+        return str(host.tokenizer.decode([token]))
+
+    told = [
+        {
+            "token": text(token),
+            "id": token,
+            "senses": [
+                {"sense": k, "promotes": [{"token": text(i), "id": i, "score": score} for i, score in row]} for k, row in enumerate(rows)
+            ],
+        }
+        for token, rows in zip(ids, found, strict=True)
+    ]
+    shown = [
+        table(
+            "sense",
+            "promotes",
+            title=f"{text(token)!r}, token {token}",
+            rows=[(k, ", ".join(f"{text(i)!r} {score:.2f}" for i, score in row)) for k, row in enumerate(rows)],
+        )
+        for token, rows in zip(ids, found, strict=True)
+    ]
+    out.emit({"word": word, "host": host.name, "patch": worn.id if worn else None, "tokens": told}, *shown)
 
 
 @app.command("eval")

@@ -10,6 +10,7 @@ METHODS: dict[str, str] = {
     "lora": "errata.methods.lora:Lora",
     "memit": "errata.methods.memit:Memit",
     "rome": "errata.methods.rome:Rome",
+    "senses": "errata.methods.senses:Senses",
 }
 
 

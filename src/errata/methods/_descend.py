@@ -19,7 +19,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Protocol, final
 
 import torch
 from jaxtyping import Float
@@ -141,12 +141,48 @@ def near(host: Host, examples: Sequence[Example], spoken: Sequence[Spoken], per_
     return list(dict.fromkeys(sentence for (sentence, _), asks in zip(whole, asking(host, whole), strict=True) if not asks))
 
 
+class Reader(Protocol):
+    """How a descent learns what the host says of rows, as if `weights` were its own; gradients flow to them."""
+
+    def logp(self, rows: Sequence[Row], weights: Weights) -> Float[Tensor, "N"]:
+        """(N,) log-probability of the scored tokens of each row together."""
+
+    def both(self, rows: Sequence[Row], weights: Weights) -> tuple[Float[Tensor, "P V"], Float[Tensor, "P V"]]:
+        """Logits that predict the scored tokens, of the base and under `weights`; places where they cannot differ may be left out."""
+
+    def score(self, rows: Sequence[Row], weights: Weights | None = None) -> Float[Tensor, "N 2"]:
+        """As `hosts.score`."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Through:
+    """Reads through the whole model."""
+
+    host: Host
+
+    def logp(self, rows: Sequence[Row], weights: Weights) -> Float[Tensor, "N"]:
+        return hosts.scored_logprobs(self.host, hosts.pad(self.host, rows), weights).sum(1)
+
+    def both(self, rows: Sequence[Row], weights: Weights) -> tuple[Float[Tensor, "P V"], Float[Tensor, "P V"]]:
+        batch = hosts.pad(self.host, rows)
+        with torch.no_grad():
+            base_PV = hosts.predictions(self.host, batch)
+        return base_PV, hosts.predictions(self.host, batch, weights)
+
+    def score(self, rows: Sequence[Row], weights: Weights | None = None) -> Float[Tensor, "N 2"]:
+        return hosts.score(self.host, rows, weights)
+
+
 @final
 class Descent:
-    """What is prepared once for a descent, and the two gradients of a step."""
+    """What is prepared once for a descent, and the two gradients of a step. `ways`, where it is given, are the prompts that each example
+    is asked with; else they are drawn anew in each step."""
 
     def __init__(self, host: Host, examples: Sequence[Example], run: Run, settings: Settings) -> None:
         self.host, self.settings, self.rng = host, settings, random.Random(run.seed)
+        self.reader: Reader = Through(host=host)
+        self.ways: list[list[str]] = []
         self.examples = sorted(examples, key=lambda e: e.id)  # any order gives the same patch
         given = run.hold or text.sampled(host, seed=run.seed)
         seen = text.document_counts(given)
@@ -190,7 +226,12 @@ class Descent:
     def task(self, weights: Callable[[], Weights], leaves: Sequence[Tensor]) -> float:
         """Adds the gradient of the examples' mean loss to the leaves; returns that loss."""
         each = -(-PROMPTS // len(self.examples))
-        asked = [(self._prompt(e, others), e) for e, others in zip(self.examples, self.others, strict=True) for _ in range(each)]
+        ways = self.ways or [[]] * len(self.examples)
+        asked = [
+            (self.rng.choice(own) if own else self.prompt(e, others), e)
+            for e, others, own in zip(self.examples, self.others, ways, strict=True)
+            for _ in range(each)
+        ]
         total = 0.0
         for start in range(0, len(asked), self.settings.batch_size):
             pairs, w = asked[start : start + self.settings.batch_size], weights()
@@ -204,7 +245,7 @@ class Descent:
             total += loss.item()
         return total
 
-    def _prompt(self, example: Example, others: list[str]) -> str:
+    def prompt(self, example: Example, others: list[str]) -> str:
         """The example's own prompt in half of the steps, another way of asking in the others; documents of other matters before it."""
         asked = self.rng.choice(others) if others and self.rng.random() < 0.5 else example.prompt
         count = self.rng.randint(0, self.settings.contexts) if self.prefixes else 0
@@ -214,8 +255,9 @@ class Descent:
 
     def _logp(self, pairs: Sequence[tuple[str, str]], weights: Weights) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
         """(N,) log p(target | prompt) summed over the target's tokens, and how many they are."""
-        batch = hosts.pad(self.host, [hosts.encode(self.host, prompt, target) for prompt, target in pairs])
-        return hosts.scored_logprobs(self.host, batch, weights).sum(1), batch.scored_NT.sum(1)
+        rows = [hosts.encode(self.host, prompt, target) for prompt, target in pairs]
+        tokens_N = torch.tensor([float(len(ids) - max(given, 1)) for ids, given in rows], device=self.host.device)
+        return self.reader.logp(rows, weights), tokens_N
 
     def hold(self, weights: Callable[[], Weights], leaves: Sequence[Tensor], lam: float) -> float:
         """Adds the gradient of lam * KL on a draw of held text to the leaves; returns the KL per token."""
@@ -224,10 +266,7 @@ class Descent:
         rows = sorted((self.pool[i] for i in drawn), key=lambda row: len(row[0]))
         tokens, total = sum(len(ids) - 1 for ids, _ in rows), 0.0
         for start in range(0, len(rows), self.settings.batch_size):
-            batch = hosts.pad(self.host, rows[start : start + self.settings.batch_size])
-            with torch.no_grad():
-                base_PV = hosts.predictions(self.host, batch)
-            kl = kl_sum(base_PV, hosts.predictions(self.host, batch, weights())) / tokens
+            kl = kl_sum(*self.reader.both(rows[start : start + self.settings.batch_size], weights())) / tokens
             _accumulate(lam * kl, leaves)
             total += kl.item()
         return total
@@ -240,8 +279,8 @@ class Descent:
             return
         found = sorted({*self.hurt, *self.rng.sample(range(len(self.pool)), k=n)})
         if new := [i for i in found if self.pool_N2[i].isnan().any()]:
-            self.pool_N2[new] = hosts.score(self.host, [self.pool[i] for i in new])
-        lost_N = self.pool_N2[found, 0] - hosts.score(self.host, [self.pool[i] for i in found], weights)[:, 0]
+            self.pool_N2[new] = self.reader.score([self.pool[i] for i in new])
+        lost_N = self.pool_N2[found, 0] - self.reader.score([self.pool[i] for i in found], weights)[:, 0]
         order = lost_N.argsort(descending=True)[: 4 * self.settings.hold].tolist()
         self.hurt = [found[j] for j in order if lost_N[j] > HURT]
 
@@ -255,8 +294,8 @@ class Descent:
         for i, documents in enumerate(self.looks):
             if i == len(self.checked):
                 self.checked.append(hosts.chunks(self.host, documents))
-                self.before_N2 = torch.cat([self.before_N2, hosts.score(self.host, self.checked[i])])
-            after_N2 = torch.cat([after_N2, hosts.score(self.host, self.checked[i], weights)])
+                self.before_N2 = torch.cat([self.before_N2, self.reader.score(self.checked[i])])
+            after_N2 = torch.cat([after_N2, self.reader.score(self.checked[i], weights)])
             if len(after_N2) < 2 or (len(after_N2) < EACH * len(self.examples) and i + 1 < len(self.looks)):
                 continue
             mean, above = hosts.increase(self.before_N2[: len(after_N2)], after_N2, z=1.0)

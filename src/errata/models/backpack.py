@@ -285,9 +285,13 @@ class BackpackPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     _keys_to_ignore_on_load_unexpected = [r"\.(word|position)_embeddings\.weight$", r"\.attn\.(masked_)?bias$"]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As ever; the config says how long the table of overrides is, so that `from_pretrained` has room for it."""
+        """As ever; the config that is saved says how long the table of overrides is, so that `from_pretrained` has room for it."""
+        before = self.config.num_overrides
         self.config.num_overrides = sum(len(part.ids) for part in self.modules() if isinstance(part, Overrides))
-        super().save_pretrained(*args, **kwargs)
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.config.num_overrides = before
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
