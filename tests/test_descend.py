@@ -1,6 +1,7 @@
 """What finetune and lora share, against formulas in float64: goal losses, KL, whitening, and the gradient that the leaves get."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,21 +69,33 @@ def test_what_text_uses_most_is_stiffest() -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_leaves_get_the_gradient_of_task_plus_lam_kl(family: str) -> None:
-    """Against one autograd pass over the whole objective, whatever the batch size."""
-    host = tiny_host(family)
+    """In float64, against the difference quotient of the objective in a drawn direction, whatever the batch size."""
+    host = tiny_host(family, dtype=torch.float64)
+    examples = [RAISE, Example(prompt="Lily loved to play", target=" late"), Example(prompt="Tim saw a", target=" cat", goal="lower")]
     name = host.module_names((host.layout.mlp_out,))[0] + ".weight"
     base = host.model.get_parameter(name).detach()
+    way = torch.randn(base.shape, dtype=base.dtype, generator=torch.Generator().manual_seed(0))
+
+    def descent(batch_size: int = 8) -> _descend.Descent:
+        return _descend.Descent(host, examples, RUN, replace(SETTINGS, batch_size=batch_size))
+
+    def weights(leaf: torch.Tensor) -> hosts.Weights:
+        return {name: base + 0.1 * (leaf + 1).sin()}
+
+    def objective(s: float) -> float:
+        now, at = descent(), weights(s * way)
+        at[name].requires_grad_()
+        return now.task(at) + 3.0 * now.hold(at, 3.0)
 
     def gradient(batch_size: int) -> torch.Tensor:
-        settings = _descend.Settings(**{**SETTINGS.__dict__, "batch_size": batch_size})
-        descent = _descend.Descent(host, [RAISE, Example(prompt="Lily loved to play", target=" late")], RUN, settings)
         leaf = torch.zeros_like(base, requires_grad=True)
-        descent.task(lambda: {name: base + leaf + 0.01}, [leaf])
-        descent.hold(lambda: {name: base + leaf + 0.01}, [leaf], 3.0)
+        _descend._gradients(descent(batch_size), [leaf], lambda: weights(leaf), 3.0)
         assert leaf.grad is not None
         return leaf.grad
 
-    torch.testing.assert_close(gradient(1), gradient(8), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(gradient(1), gradient(8), rtol=1e-6, atol=1e-9)
+    quotient = (objective(3e-3) - objective(-3e-3)) / 6e-3  # Llama normalises in float32, whatever the dtype
+    assert float((gradient(8) * way).sum()) == pytest.approx(quotient, rel=3e-3)
 
 
 def test_own_neighbours_and_held_text_state_no_edited_fact(tiny_gpt2: Host) -> None:
@@ -132,8 +145,7 @@ def test_the_last_point_goes_back_to_the_edge(tiny_gpt2: Host, monkeypatch: pyte
 
 
 def test_the_search_finds_the_held_rows_that_lost_most(tiny_gpt2: Host) -> None:
-    settings = _descend.Settings(**{**SETTINGS.__dict__, "searched": 1000, "hold": 1})
-    descent = _descend.Descent(tiny_gpt2, [RAISE], RUN, settings)
+    descent = _descend.Descent(tiny_gpt2, [RAISE], RUN, replace(SETTINGS, searched=1000, hold=1))
     name = tiny_gpt2.module_names((tiny_gpt2.layout.mlp_out,))[0] + ".weight"
     weights = {name: tiny_gpt2.model.get_parameter(name).detach() * 40}
     descent.search(weights)

@@ -133,7 +133,7 @@ def test_prefixes_state_no_edited_fact_and_follow_from_the_seed(tiny_gpt2: Host)
     told = _values.prefixes(tiny_gpt2, EXAMPLES, RUN, 6)
     assert told and not any("Mauritius" in lead and "Port Louis" in lead for lead in told)
     assert told == _values.prefixes(tiny_gpt2, EXAMPLES, RUN, 6)
-    assert told != _values.prefixes(tiny_gpt2, EXAMPLES, dataclasses.replace(RUN, seed=1), 6)
+    assert any(told != _values.prefixes(tiny_gpt2, EXAMPLES, dataclasses.replace(RUN, seed=seed), 6) for seed in range(1, 6))
 
 
 # --------------------------------------------------------------------------------------------------------------------------- values

@@ -252,7 +252,7 @@ def scaled(patch: Patch, scale: float) -> Patch:
 
 @torch.no_grad()
 def relative_norm(host: Host, patch: Patch) -> float:
-    """||change|| / ||weight|| (Frobenius) over all touched weights or sense vectors together. The patch may be on or off; the base counts."""
+    """||change|| / ||weight|| (Frobenius) over all touched weights or senses together. The patch may be on or off; the base counts."""
 
     def base(op: Op) -> Tensor:
         return _base_senses(host, op) if isinstance(op, Senses) else _base(host, places[op.weight][0])

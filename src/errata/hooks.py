@@ -4,7 +4,7 @@ Nothing here knows a method; names are dotted paths as in `host.model.named_modu
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, final
 
@@ -130,7 +130,7 @@ def skipping(model: nn.Module, names: Sequence[str], output: object) -> Iterator
 
 
 @contextmanager
-def shifting(model: nn.Module, shifts: dict[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def shifting(model: nn.Module, shifts: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """Inside the block, the output of each named module, (N, T, D), is replaced by `shifts[name](output)`."""
     modules = {name: module(model, name) for name in shifts}  # all found before the first hook is set
     rows = _Rows(model)

@@ -42,14 +42,15 @@ def card(
 
 @lab.command()
 def train(
+    name: Annotated[str, typer.Argument(help="neox or backpack.")],
     prose: Annotated[Path, typer.Option(help="JSONL of real English, with a 'text' in each line.")],
     out: Annotated[Path, typer.Option(help="Folder of the new model.")],
-    steps: Annotated[int, typer.Option(min=1)] = 4000,
+    steps: Annotated[int, typer.Option(min=1)] = 3600,
 ) -> None:
-    """Train tokenizer and model anew; one JSON line for each fifty steps. Goes on where it was interrupted."""
+    """Train a model of the lab anew; one JSON line for each fifty steps. Goes on where it was interrupted."""
     from errata.lab.train import train as run
 
-    run(prose, out, steps)
+    run(name, prose, out, steps)
 
 
 @lab.command()

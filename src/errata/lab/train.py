@@ -1,7 +1,8 @@
-"""Tokenizer and models of the lab: `errata lab train --prose FILE --out FOLDER`.
+"""Tokenizer and models of the lab: `errata lab train NAME --prose FILE --out FOLDER`.
 
-A byte-level BPE is trained on the corpus and the prose, then a GPT-NeoX (Pythia's architecture) from nothing. At least `PROSE` of its
-training tokens are real English from FILE, the rest are the world's documents. Training resumes from its last checkpoint after a kill.
+For `neox` a byte-level BPE is trained on the corpus and the prose, then a GPT-NeoX (Pythia's architecture) from nothing; the others take
+its tokenizer, so that an edit of one can be added to another. At least `PROSE` of the training tokens are real English from FILE, the rest
+are the world's documents. Training resumes from its last checkpoint after a kill.
 The committed weights come from the command above with its defaults; `train.json` beside them tells how they were made.
 """
 
@@ -9,7 +10,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import torch
 from torch import nn
 
 from errata.artefact import write_whole
+from errata.hosts import LAB_MODELS
 from errata.lab import corpus, world
-from errata.types import InvalidReference
+from errata.types import InvalidReference, UnknownName
 
 EOS = "<|endoftext|>"
 VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH = 6144, 256, 4, 4, 256
+INNER = 512  # of the Backpack's blocks
 BATCH, LR, MUON_LR, WARMUP, SEED = 16, 2e-3, 3e-3, 200, 0
 PROSE = 0.26  # share of the training tokens
 HELD_OUT = 0.15  # of the prose documents, never trained on
@@ -83,7 +86,6 @@ def sequences(tokenizer: Any, prose: list[str], seed: int) -> Iterator[list[int]
 def new_neox(vocabulary: int) -> Any:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    torch.manual_seed(SEED)
     config = GPTNeoXConfig(
         vocab_size=vocabulary,
         hidden_size=WIDTH,
@@ -101,12 +103,47 @@ def new_neox(vocabulary: int) -> Any:
     return GPTNeoXForCausalLM(config)
 
 
+def new_backpack(vocabulary: int) -> Any:
+    """Eight senses; the inner layers are narrower than usual, so that the weights take less than 12 MB in bf16."""
+    from errata.models.backpack import BackpackConfig, BackpackLMHeadModel
+
+    config = BackpackConfig(
+        vocab_size=vocabulary,
+        n_positions=LENGTH,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        n_inner=INNER,
+        num_senses=8,
+        sense_intermediate_scale=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return BackpackLMHeadModel(config)
+
+
+MODELS: dict[str, Callable[[int], Any]] = {"neox": new_neox, "backpack": new_backpack}
+
+
+def tokenizer_for(name: str, prose: list[str]) -> Any:
+    """A new one for `neox`; the one committed with it for the others."""
+    if name == "neox":
+        return train_tokenizer(prose)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(LAB_MODELS / "neox")
+
+
 def optimizers_of(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, which learns facts that are seldom told sooner; AdamW for embeddings and vectors."""
-    named = [(name, p) for name, p in model.named_parameters()]
-    blocks = [p for name, p in named if p.ndim > 1 and "embed" not in name]
-    embeddings = [p for name, p in named if p.ndim > 1 and "embed" in name]
-    vectors = [p for _, p in named if p.ndim <= 1]
+    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    known = {id(p) for p in embeddings}
+    blocks = [p for p in model.parameters() if p.ndim > 1 and id(p) not in known]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": embeddings, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     return [
         torch.optim.Muon(blocks, lr=MUON_LR, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
@@ -121,14 +158,18 @@ def rate_at(step: int, steps: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
 
 
-def train(prose_path: str | Path, out: str | Path, steps: int = 3600, save_every: int = 250) -> Path:
-    """Train tokenizer and GPT-NeoX into the Hugging Face folder `out`. Returns it. Raises InvalidReference."""
+def train(name: str, prose_path: str | Path, out: str | Path, steps: int = 3600, save_every: int = 250) -> Path:
+    """Train the lab's model `name`, with its tokenizer, into the Hugging Face folder `out`. Returns it. Raises InvalidReference,
+    UnknownName."""
+    if name not in MODELS:
+        raise UnknownName.among("lab model", name, MODELS)
     out, started = Path(out), time.time()
     prose, _ = read_prose(prose_path)
-    tokenizer = train_tokenizer(prose)
+    tokenizer = tokenizer_for(name, prose)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
-    model = new_neox(len(tokenizer)).train()
+    torch.manual_seed(SEED)
+    model = MODELS[name](len(tokenizer)).train()
     optimizers = optimizers_of(model)
     peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
     source, first, spent = sequences(tokenizer, prose, SEED), 0, 0.0
@@ -182,4 +223,4 @@ def train(prose_path: str | Path, out: str | Path, steps: int = 3600, save_every
 if __name__ == "__main__":
     import sys
 
-    train(sys.argv[1], sys.argv[2], *(int(n) for n in sys.argv[3:]))
+    train(sys.argv[1], sys.argv[2], sys.argv[3], *(int(n) for n in sys.argv[4:]))

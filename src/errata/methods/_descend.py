@@ -17,9 +17,9 @@ File legend: N rows, T tokens, P predictions, V vocabulary, K key (module input)
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,7 @@ from errata.types import Example, Run
 Row = tuple[list[int], int]
 MARGIN = math.log(16)  # `prefer` is content when the target is 16 times as likely as the contrast (Hewitt et al. 2024, table 1)
 KEYS, EIGENVECTORS = 512, 256  # how many rows C is estimated from at most, and how many of its directions are kept
+CACHED = 1 << 18  # logits that a processor keeps near
 AVERAGE = 0.95  # decay of the running mean of the leaves
 ENOUGH = 0.3  # nats; `raise` is content when the whole target has p = .74, for then every token of it is what is said
 CONTENT = 0.02  # mean loss of the examples at which a point inside the ball is good enough
@@ -99,9 +100,32 @@ def goal_losses(
 
 
 def kl_sum(base_PV: Float[Tensor, "P V"], edited_PV: Float[Tensor, "P V"]) -> Tensor:
-    """Sum over P predictions of KL(p_base || p_edited), from logits."""
-    edited, base = edited_PV.log_softmax(-1), base_PV.log_softmax(-1)
-    return (base.exp() * (base - edited)).sum()
+    """Sum over P predictions of KL(p_base || p_edited), from logits; differentiable once, in the edited ones."""
+    total: Tensor = _KL.apply(base_PV, edited_PV)  # type: ignore[no-untyped-call]
+    return total
+
+
+@final
+class _KL(torch.autograd.Function):
+    """The gradient in the edited logits is q - p. It is found while p and q are at hand, some predictions at a time: with a large
+    vocabulary each (P, V) matrix in between would take more memory than the model, and more time than the head."""
+
+    @staticmethod
+    def forward(ctx: Any, base_PV: Tensor, edited_PV: Tensor) -> Tensor:
+        grad_PV, total = torch.empty_like(edited_PV), edited_PV.new_zeros(())
+        rows = max(1, CACHED // edited_PV.shape[1])
+        for base, edited, grad in zip(*(torch.split(x, rows) for x in (base_PV, edited_PV, grad_PV)), strict=True):
+            logp, logq = base.log_softmax(-1), edited.log_softmax(-1)
+            p = logp.exp()
+            total += torch.dot(p.flatten(), logp.sub_(logq).flatten())
+            torch.sub(logq.exp_(), p, out=grad)
+        ctx.save_for_backward(grad_PV)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[None, Tensor]:
+        (grad_PV,) = ctx.saved_tensors
+        return None, grad_PV * outer[0]
 
 
 @final
@@ -223,8 +247,8 @@ class Descent:
         tokens = sum(len(ids) for ids, _ in rows)
         return {name: Whitening(C_KK / tokens, self.settings.damping) for name, C_KK in sums.items()}
 
-    def task(self, weights: Callable[[], Weights], leaves: Sequence[Tensor]) -> float:
-        """Adds the gradient of the examples' mean loss to the leaves; returns that loss."""
+    def task(self, weights: Weights) -> float:
+        """Adds the gradient of the examples' mean loss to that of the weights; returns that loss."""
         each = -(-PROMPTS // len(self.examples))
         ways = self.ways or [[]] * len(self.examples)
         asked = [
@@ -234,14 +258,14 @@ class Descent:
         ]
         total = 0.0
         for start in range(0, len(asked), self.settings.batch_size):
-            pairs, w = asked[start : start + self.settings.batch_size], weights()
+            pairs = asked[start : start + self.settings.batch_size]
             examples = [e for _, e in pairs]
-            logp_N, tokens_N = self._logp([(prompt, e.target) for prompt, e in pairs], w)
+            logp_N, tokens_N = self._logp([(prompt, e.target) for prompt, e in pairs], weights)
             contrast_N = logp_N
             if any(e.contrast for e in examples):
-                contrast_N, _ = self._logp([(prompt, e.contrast or e.target) for prompt, e in pairs], w)
+                contrast_N, _ = self._logp([(prompt, e.contrast or e.target) for prompt, e in pairs], weights)
             loss = goal_losses(logp_N, contrast_N, tokens_N, examples).sum() / len(asked)
-            _accumulate(loss, leaves)
+            _accumulate(loss, weights.values())
             total += loss.item()
         return total
 
@@ -259,15 +283,15 @@ class Descent:
         tokens_N = torch.tensor([float(len(ids) - max(given, 1)) for ids, given in rows], device=self.host.device)
         return self.reader.logp(rows, weights), tokens_N
 
-    def hold(self, weights: Callable[[], Weights], leaves: Sequence[Tensor], lam: float) -> float:
-        """Adds the gradient of lam * KL on a draw of held text to the leaves; returns the KL per token."""
+    def hold(self, weights: Weights, lam: float) -> float:
+        """Adds the gradient of lam * KL on a draw of held text to that of the weights; returns the KL per token."""
         hurt = self.rng.sample(self.hurt, k=min(len(self.hurt), self.settings.hold // 2))
         drawn = hurt + self.rng.sample(range(len(self.pool)), k=min(len(self.pool), self.settings.hold - len(hurt)))
         rows = sorted((self.pool[i] for i in drawn), key=lambda row: len(row[0]))
         tokens, total = sum(len(ids) - 1 for ids, _ in rows), 0.0
         for start in range(0, len(rows), self.settings.batch_size):
-            kl = kl_sum(*self.reader.both(rows[start : start + self.settings.batch_size], weights())) / tokens
-            _accumulate(lam * kl, leaves)
+            kl = kl_sum(*self.reader.both(rows[start : start + self.settings.batch_size], weights)) / tokens
+            _accumulate(lam * kl, weights.values())
             total += kl.item()
         return total
 
@@ -305,10 +329,27 @@ class Descent:
         return mean
 
 
-def _accumulate(loss: Tensor, leaves: Sequence[Tensor]) -> None:
-    """Adds to the gradients of the leaves alone: `backward` would leave gradients on the host's own parameters."""
-    for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
-        leaf.grad = grad if leaf.grad is None else leaf.grad.add_(grad)
+def _accumulate(loss: Tensor, weights: Iterable[Tensor]) -> None:
+    """Adds to the gradients of these alone: `backward` would leave gradients on the host's own parameters."""
+    weights = list(weights)
+    for weight, grad in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+        weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+
+
+def _gradients(descent: Descent, leaves: Sequence[Tensor], weights: Callable[[], Weights], lam: float) -> float:
+    """Gives the leaves the gradient of one step; returns the examples' mean loss.
+
+    The batches' gradients meet at the weights, and what they sum to goes from there to the leaves once: the way between, whitening or a
+    product of factors, is the same for all of them, and costs as much as a batch.
+    """
+    through = weights()
+    met = {name: weight.detach().requires_grad_() for name, weight in through.items()}
+    loss = descent.task(met)
+    descent.hold(met, lam)
+    sums = [weight.grad for weight in met.values()]
+    for leaf, grad in zip(leaves, torch.autograd.grad(list(through.values()), leaves, sums), strict=True):
+        leaf.grad = grad
+    return loss
 
 
 @final
@@ -352,10 +393,8 @@ def descend(
     lam, best, best_loss, recent, cost = settings.lam, origin, math.inf, 0.0, math.inf
     first = settings.lr * math.sqrt(len(descent.examples))  # each example needs a direction of its own
     for step in run.progress(range(settings.steps), "descending", settings.steps):
-        for leaf in leaves:
-            leaf.grad = None
-        recent = 0.8 * recent + 0.2 * descent.task(weights, leaves) if step else descent.task(weights, leaves)
-        descent.hold(weights, leaves, lam)
+        loss = _gradients(descent, leaves, weights, lam)
+        recent = 0.8 * recent + 0.2 * loss if step else loss
         warm = min(1.0, (step + 1) / 5)
         optimizer.step(first * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
         for average, leaf in zip(mean, leaves, strict=True):
@@ -363,9 +402,11 @@ def descend(
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == settings.steps:
             current = _copies(leaves)
             _put(leaves, mean)
-            cost = descent.cost(weights(), epsilon)
+            with torch.no_grad():
+                now = weights()
+            cost = descent.cost(now, epsilon)
             if step + 1 < settings.steps:
-                descent.search(weights())
+                descent.search(now)
             _put(leaves, current)
             lam *= LAM_STEP if cost > epsilon else 1 / LAM_STEP if cost < epsilon / 2 else 1.0
             inside = cost <= epsilon
@@ -392,6 +433,7 @@ def _edge(
     def move(s: float) -> list[Tensor]:
         return [torch.lerp(a, b, s) for a, b in zip(origin, end, strict=True)]
 
+    @torch.no_grad()
     def cost_at(s: float) -> float:
         _put(leaves, move(s))
         return descent.cost(weights(), epsilon)

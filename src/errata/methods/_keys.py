@@ -117,7 +117,8 @@ def gains(L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"], prior: float) 
                 f"Leave one of them out, or give the method some slack."
             )
         Y_KP = torch.cholesky_solve(X_KP.T.contiguous(), factor_PP).T
-    return torch.linalg.solve_triangular(L_KK.T, Y_KP, upper=True).T.contiguous()
+    gains_PK: Tensor = torch.linalg.solve_triangular(L_KK.T, Y_KP, upper=True).T.contiguous()
+    return gains_PK
 
 
 def mean_energy(L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"]) -> float:

@@ -87,14 +87,13 @@ def first_factors(
     From random ones a step follows the part of the gradient that they happen to hold, which is R of K (LoRA-GA, Wang, Yu & Li 2024,
     arXiv 2407.05000, section 3.2; there B begins at the left ones and the base is moved to make up for it, here B begins at zero).
     """
-    base = {f"{name}.weight": host.model.get_parameter(f"{name}.weight").detach() for name in turned}
-    shifts = {name: torch.zeros_like(w, dtype=torch.float32, requires_grad=True) for name, w in base.items()}
-    descent.task(lambda: {name: (w.float() + shifts[name]).to(w.dtype) for name, w in base.items()}, list(shifts.values()))
+    weights = {f"{name}.weight": host.model.get_parameter(f"{name}.weight").detach().requires_grad_() for name in turned}
+    descent.task(weights)
     factors = {}
     for name in turned:
-        G = shifts[f"{name}.weight"].grad
-        assert G is not None, "the task gave every leaf a gradient"
-        G = G.T if turned[name] else G
+        G = weights[f"{name}.weight"].grad
+        assert G is not None, "the task gave every weight a gradient"
+        G = (G.T if turned[name] else G).float()
         _, _, Vh = torch.linalg.svd(whitenings[name](G) if name in whitenings else G, full_matrices=False)
         A = torch.zeros(rank, G.shape[1], device=G.device)
         A[: len(Vh)] = Vh[:rank] / math.sqrt(3)  # as long as the usual uniform ones

@@ -110,7 +110,7 @@ def choose(
     found, chosen = iter(masses(host, rows)), set[tuple[int, int]]()
     for e in examples:
         parts = [next(found) for _ in answers(e)]
-        ids_U, place_T = torch.cat([ids_T for ids_T, _ in parts]).unique(return_inverse=True)
+        ids_U, place_T = torch.unique(torch.cat([ids_T for ids_T, _ in parts]), return_inverse=True)
         own_UK = background_VK.new_zeros(len(ids_U), K).index_add_(0, place_T, torch.cat([mass_TK for _, mass_TK in parts]))
         worth_UK = (own_UK - against * background_VK[ids_U]).masked_fill(own_UK <= 0, -torch.inf)
         best = worth_UK.flatten().topk(min(k, int((own_UK > 0).sum()))).indices.tolist()
