@@ -106,7 +106,7 @@ def test_training_resumes_where_it_was_killed(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(corpus, "some", lambda seed, n, pool=None: ("The capital of Mauritius is Port Louis.",) * 5)
     prose = tmp_path / "prose.jsonl"
     prose.write_text("\n".join(json.dumps({"text": f"Some ordinary English, document {i}, about {i * 7} things. " * 8}) for i in range(30)))
-    whole = train.train(prose, tmp_path / "whole", steps=3)
+    whole = train.train("neox", prose, tmp_path / "whole", steps=3)
 
     class Killed(Exception): ...
 
@@ -119,9 +119,9 @@ def test_training_resumes_where_it_was_killed(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(train, "rate_at", killed_at_two)
     with pytest.raises(Killed):
-        train.train(prose, tmp_path / "broken", steps=3, save_every=2)
+        train.train("neox", prose, tmp_path / "broken", steps=3, save_every=2)
     monkeypatch.setattr(train, "rate_at", rate)
-    broken = train.train(prose, tmp_path / "broken", steps=3)
+    broken = train.train("neox", prose, tmp_path / "broken", steps=3)
     assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
     assert json.loads((whole / "train.json").read_text())["steps"] == 3 and not (broken / "checkpoint.pt").exists()
 

@@ -150,6 +150,8 @@ def test_targets_are_likelier_under_the_patch_and_off_restores_every_bit(row: Ro
 def test_every_goal_moves_the_right_way(row: Row, goal: str, tiny_llama: Host) -> None:
     can(row, goal)
     e = GOALS[goal]
+    if goal == "lower":  # what it says already hardly ever cannot be lowered
+        e = max((replace(e, target=t) for t in (e.target, " the", " late", " Rome", " a", ".")), key=lambda e: likelihood(tiny_llama, e))
 
     def distance() -> float:
         """What the goal wants to be small."""
