@@ -525,21 +525,10 @@ def read_cases(path: str | Path) -> tuple[Case, ...]:
 
     Raises InvalidExample, with the number of the line.
     """
-    path = Path(path)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as e:
-        raise InvalidExample(f"Cannot read the cases {path}: {e.strerror}.") from e
-    except UnicodeDecodeError as e:
-        raise InvalidExample(f"The case file {path} is not UTF-8 text (byte {e.start}).") from e
-    # not splitlines: it also cuts at the separators that may stand inside a JSON string
-    found = tuple(_case(path, n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
-    if not found:
-        raise InvalidExample(f"The case file {path} is empty.")
-    return found
+    return tuple(_case(where, line) for where, line in text.lines(Path(path), "case file", InvalidExample))
 
 
-def _case(path: Path, number: int, line: str) -> Case:
+def _case(where: str, line: str) -> Case:
     try:
         if not line.lstrip().startswith("{"):
             return Case(example=parse(line.rstrip("\r")))
@@ -548,6 +537,6 @@ def _case(path: Path, number: int, line: str) -> Case:
             raw["example"] = {f.name: raw.pop(f.name) for f in fields(Example) if f.name in raw}
         return Case.from_dict(raw)
     except EditError as e:
-        raise InvalidExample(f"Line {number} of {path}: {e}") from e
+        raise InvalidExample(f"{where}: {e}") from e
     except (ValueError, RecursionError) as e:
-        raise InvalidExample(f"Line {number} of {path} is not JSON: {e}.") from e
+        raise InvalidExample(f"{where} is not JSON: {e}.") from e

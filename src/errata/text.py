@@ -13,9 +13,31 @@ from pathlib import Path
 from typing import final
 
 from errata.hosts import Host, greedy, sample, tokens
-from errata.types import Example, InvalidReference, digest
+from errata.types import EditError, Example, InvalidReference, digest
 
 MAX_BYTES = 256 << 20
+
+
+def decoded(path: Path, what: str, error: type[EditError]) -> str:
+    """The whole file. Raises `error` where it is missing, binary or not UTF-8; it is called `what` in the sentence."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as e:
+        raise error(f"Cannot read the {what} {path}: {e.strerror}.") from e
+    except UnicodeDecodeError as e:
+        raise error(f"The {what} {path} is not UTF-8 text (byte {e.start}).") from e
+    if "\0" in text:
+        raise error(f"The {what} {path} is binary.")
+    return text
+
+
+def lines(path: Path, what: str, error: type[EditError]) -> list[tuple[str, str]]:
+    """("Line 3 of PATH", its text) for each line that is not blank. Raises `error` as `decoded`, and where there is none."""
+    # not splitlines: it also cuts at the separators that may stand inside a JSON string
+    found = [(f"Line {n} of {path}", line) for n, line in enumerate(decoded(path, what, error).split("\n"), 1) if line.strip()]
+    if not found:
+        raise error(f"The {what} {path} is empty.")
+    return found
 
 
 def read(path: str | Path) -> tuple[str, ...]:
@@ -24,33 +46,23 @@ def read(path: str | Path) -> tuple[str, ...]:
     Raises InvalidReference for a file that is missing, empty, binary or malformed.
     """
     path = Path(path)
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InvalidReference(f"The reference file {path} is larger than {MAX_BYTES >> 20} MiB; a sample of it is enough.")
-        raw = path.read_bytes()
-    except OSError as e:
-        raise InvalidReference(f"Cannot read the reference file {path}: {e.strerror}.") from e
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as e:
-        raise InvalidReference(f"The reference file {path} is not UTF-8 text (byte {e.start}).") from e
-    if "\0" in text:
-        raise InvalidReference(f"The reference file {path} is binary.")
-    if path.suffix == ".jsonl":  # not splitlines: it also cuts at the separators that may stand inside a JSON string
-        documents = [_line(path, n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if path.is_file() and path.stat().st_size > MAX_BYTES:
+        raise InvalidReference(f"The reference file {path} is larger than {MAX_BYTES >> 20} MiB; a sample of it is enough.")
+    if path.suffix == ".jsonl":
+        documents = [_text_of(where, line) for where, line in lines(path, "reference file", InvalidReference)]
     else:
-        documents = re.split(r"\n\s*\n", text)
+        documents = re.split(r"\n\s*\n", decoded(path, "reference file", InvalidReference))
     kept = tuple(d.strip() for d in documents if d.strip())
     if not kept:
         raise InvalidReference(f"The reference file {path} is empty.")
     return kept
 
 
-def _line(path: Path, number: int, line: str) -> str:
+def _text_of(where: str, line: str) -> str:
     try:
         return str(json.loads(line)["text"])
-    except (ValueError, KeyError, TypeError) as e:
-        raise InvalidReference(f"Line {number} of {path} is not a JSON object with a 'text'.") from e
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise InvalidReference(f"{where} is not a JSON object with a 'text'.") from e
 
 
 def sampled(host: Host, n: int = 384, length: int = 96, seed: int = 0) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ File legend: N rows, T tokens, P predictions, V vocabulary, K key (module input)
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 
@@ -33,6 +33,7 @@ from errata.types import Example, Run
 Row = tuple[list[int], int]
 MARGIN = math.log(16)  # `prefer` is content when the target is 16 times as likely as the contrast (Hewitt et al. 2024, table 1)
 KEYS, EIGENVECTORS = 512, 256  # how many rows C is estimated from at most, and how many of its directions are kept
+PASS = 1024  # tokens that go through the model at once where gradients are taken: more would leave the caches
 CACHED = 1 << 18  # logits that a processor keeps near
 AVERAGE = 0.95  # decay of the running mean of the leaves
 ENOUGH = 0.3  # nats; `raise` is content when the whole target has p = .74, for then every token of it is what is said
@@ -59,7 +60,7 @@ class Settings:
     hold        documents and continuations in the KL of each step
     searched    held rows in which what was hurt most is looked for at each check; it then makes up to half of each step's held rows
     damping     mu as a multiple of the mean eigenvalue of C; None leaves the coordinates as they are
-    batch_size  rows in memory at once; it changes nothing else
+    batch_size  rows in memory at once, at most; it changes nothing else
     """
 
     steps: int
@@ -256,14 +257,14 @@ class Descent:
             for e, others, own in zip(self.examples, self.others, ways, strict=True)
             for _ in range(each)
         ]
-        total = 0.0
-        for start in range(0, len(asked), self.settings.batch_size):
-            pairs = asked[start : start + self.settings.batch_size]
-            examples = [e for _, e in pairs]
-            logp_N, tokens_N = self._logp([(prompt, e.target) for prompt, e in pairs], weights)
-            contrast_N = logp_N
+        rows, total = [hosts.encode(self.host, prompt, e.target) for prompt, e in asked], 0.0
+        for group in self._together(rows):
+            logp_N = contrast_N = self.reader.logp([rows[i] for i in group], weights)
+            examples = [asked[i][1] for i in group]
             if any(e.contrast for e in examples):
-                contrast_N, _ = self._logp([(prompt, e.contrast or e.target) for prompt, e in pairs], weights)
+                others = [hosts.encode(self.host, asked[i][0], asked[i][1].contrast or asked[i][1].target) for i in group]
+                contrast_N = self.reader.logp(others, weights)
+            tokens_N = torch.tensor([float(len(ids) - max(given, 1)) for ids, given in (rows[i] for i in group)], device=logp_N.device)
             loss = goal_losses(logp_N, contrast_N, tokens_N, examples).sum() / len(asked)
             _accumulate(loss, weights.values())
             total += loss.item()
@@ -277,20 +278,20 @@ class Descent:
         answers = max(len(a.encode()) for a in (example.target, example.contrast or ""))  # in bytes: no fewer than tokens
         return whole if len(hosts.tokens(self.host, whole)) + answers <= self.host.context else example.prompt
 
-    def _logp(self, pairs: Sequence[tuple[str, str]], weights: Weights) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
-        """(N,) log p(target | prompt) summed over the target's tokens, and how many they are."""
-        rows = [hosts.encode(self.host, prompt, target) for prompt, target in pairs]
-        tokens_N = torch.tensor([float(len(ids) - max(given, 1)) for ids, given in rows], device=self.host.device)
-        return self.reader.logp(rows, weights), tokens_N
+    def _together(self, rows: Sequence[Row]) -> Iterator[list[int]]:
+        """Indices of rows of similar length that go through the model at once."""
+        for group in hosts.by_length(rows, PASS):
+            for start in range(0, len(group), self.settings.batch_size):
+                yield group[start : start + self.settings.batch_size]
 
     def hold(self, weights: Weights, lam: float) -> float:
         """Adds the gradient of lam * KL on a draw of held text to that of the weights; returns the KL per token."""
         hurt = self.rng.sample(self.hurt, k=min(len(self.hurt), self.settings.hold // 2))
         drawn = hurt + self.rng.sample(range(len(self.pool)), k=min(len(self.pool), self.settings.hold - len(hurt)))
-        rows = sorted((self.pool[i] for i in drawn), key=lambda row: len(row[0]))
+        rows = [self.pool[i] for i in drawn]
         tokens, total = sum(len(ids) - 1 for ids, _ in rows), 0.0
-        for start in range(0, len(rows), self.settings.batch_size):
-            kl = kl_sum(*self.reader.both(rows[start : start + self.settings.batch_size], weights)) / tokens
+        for group in self._together(rows):
+            kl = kl_sum(*self.reader.both([rows[i] for i in group], weights)) / tokens
             _accumulate(lam * kl, weights.values())
             total += kl.item()
         return total

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, final
 
-from errata import hosts
+from errata import hosts, text
 from errata.hosts import Host
 from errata.types import Example, Goal, InvalidExample, Score, UnknownName
 
@@ -70,8 +70,8 @@ class Record:
     source: str = ""
 
     def __post_init__(self) -> None:
-        for name, text in {"prompt": self.prompt, "target": self.target, "contrast": self.contrast}.items():
-            if text is not None and not text.strip():
+        for name, value in {"prompt": self.prompt, "target": self.target, "contrast": self.contrast}.items():
+            if value is not None and not value.strip():
                 raise InvalidExample(f"{self.source or 'A record'}: the {name} is empty.")
 
 
@@ -244,25 +244,15 @@ def _path(folder: str | Path, row: Row, part: str, split: Split) -> Path:
 
 
 def _read(path: Path) -> list[Line]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as e:
-        raise InvalidExample(f"Cannot read {path}: {e.strerror}.") from e
-    except UnicodeDecodeError as e:
-        raise InvalidExample(f"{path} is not UTF-8 text (byte {e.start}).") from e
     out = []
-    for n, line in enumerate(text.split("\n"), 1):  # not splitlines: it also cuts at separators that may stand inside a JSON string
-        if not line.strip():
-            continue
+    for where, line in text.lines(path, "task file", InvalidExample):
         try:
             raw = json.loads(line)
         except (ValueError, RecursionError) as e:
-            raise InvalidExample(f"Line {n} of {path} is not JSON: {e}.") from e
+            raise InvalidExample(f"{where} is not JSON: {e}.") from e
         if not isinstance(raw, dict):
-            raise InvalidExample(f"Line {n} of {path} is not a JSON object.")
-        out.append(Line(f"Line {n} of {path}", raw))
-    if not out:
-        raise InvalidExample(f"{path} is empty.")
+            raise InvalidExample(f"{where} is not a JSON object.")
+        out.append(Line(where, raw))
     return out
 
 
