@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TEXT, tiny_host
 
-from errata import hosts
+from errata import hooks, hosts
 from errata.hosts import Host
 from errata.methods import _descend
 from errata.methods._restated import Spoken
@@ -154,3 +154,19 @@ def test_the_search_finds_the_held_rows_that_lost_most(tiny_gpt2: Host) -> None:
     assert lost[worst[0]] > _descend.HURT and set(descent.hurt) == {i for i in worst if lost[i] > _descend.HURT}
     descent.search({})  # nothing is hurt any more
     assert descent.hurt == []
+
+
+def test_a_tied_head_moves_least_along_what_it_reads_most(tiny_gpt2: Host) -> None:
+    host, name = tiny_gpt2, f"{tiny_gpt2.layout.embedding}.weight"
+    assert host.model.get_parameter(name) is host.model.get_submodule(host.layout.head).weight
+    with torch.no_grad(), hooks.reading(host.model, [host.layout.norm]) as seen:
+        hosts.logits(host, hosts.pad(host, hosts.chunks(host, TEXT)[:1]))
+    top_K = torch.linalg.eigh(seen[host.layout.norm][0].T @ seen[host.layout.norm][0])[1][:, -1]
+
+    def share(damping: float | None) -> float:
+        """Of the change of the head, how much lies along the first principal direction of what it reads."""
+        patch = Finetune(steps=4, lr=0.5, hold=4, neighbours=4, damping=damping, modules=name).edit(host, (RAISE,), RUN)
+        (op,) = patch.ops
+        return float((op.delta @ top_K).norm() / op.delta.norm())
+
+    assert share(0.01) < 0.5 * share(None)
