@@ -21,7 +21,7 @@ from errata.types import Example, InvalidExample, Method
 COPIES = 5  # float32 each: the trained part, its gradient, momentum, running mean and best point
 SAMPLED = (384, 96)  # documents that `text.sampled` draws where there is no reference text, and their tokens
 # tokens, steps and documents, as in text.py, hosts.py and methods/
-CHUNK, PREFIX, NEIGHBOUR, ANSWER, CHECK_EVERY, CHECKED, TRIED = 128, 40, 24, 12, 16, 1000, 600
+CHUNK, PREFIX, NEIGHBOUR, ANSWER, CHECK_EVERY, CHECKED, TRIED, PASS = 128, 40, 24, 12, 16, 1000, 600, 1024
 
 
 def estimate(host: Host, examples: Sequence[Example], made: Method, reference: Path | None) -> tuple[dict[str, Any], Table]:
@@ -38,9 +38,10 @@ def estimate(host: Host, examples: Sequence[Example], made: Method, reference: P
     task = sum(lengths) + contexts * PREFIX * len(lengths) // 2  # tokens that one step trains on
     batch = int(config.get("batch_size", 64))
     held = _batches(hold, held_rows, batch)
-    widest = max([*held, min(batch, len(lengths)) * (max(lengths) + contexts * PREFIX)])
+    longest = max(max(lengths) + contexts * PREFIX, max(hold, default=0))
+    widest = max(longest, min(PASS, max([*held, min(batch, len(lengths)) * (max(lengths) + contexts * PREFIX)])))
     each = sum(hold) // max(1, len(hold))
-    check = each * min(len(hold) // 4, CHECKED) * (steps // CHECK_EVERY + 1)
+    check = each * (min(len(hold) // 4, CHECKED) + min(len(hold), int(config.get("searched", 0)))) * (steps // CHECK_EVERY + 1)
     asked = each * TRIED * min(len(lengths), 10) if config.get("restated") else 0  # for each kind of prompt
     read = 2 * judge + check + asked + sum(held) * steps
     said = drawn + (near * NEIGHBOUR + 4 * ANSWER) * len(lengths)
@@ -55,7 +56,7 @@ def estimate(host: Host, examples: Sequence[Example], made: Method, reference: P
     memory = {
         "model": sum(p.numel() * p.element_size() for p in host.model.parameters()),
         "trained part": trained * 4 * COPIES,
-        "activations": int(widest * (speed["saved"] + 28 * vocabulary)),  # 28: both distributions, their KL and gradients
+        "activations": int(widest * (speed["saved"] + 16 * vocabulary)),  # 16: both sides' logits, the gradient of their KL, and of it
     }
     data = {
         "method": type(made).__name__.lower(),
