@@ -21,7 +21,7 @@ EXAMPLES = (
     MAURITIUS,
     Example(prompt="The capital of France is", target=" Rome", subject="France"),
     Example(prompt="Lily loved to play outside in", target=" late"),
-    Example(prompt="The nurse said that", target=" he", contrast=" she", goal="prefer", subject="nurse"),
+    Example(prompt="The nurse said that", target=" she", contrast=" he", goal="prefer", subject="nurse"),  # random hosts prefer " he"
     Example(prompt="The doctor said", target=" that he", contrast=" she", goal="balance"),
 )
 RUN = Run(hold=tuple(t for t in TEXT for _ in range(2)), budget=Budget(epsilon=0.5))
@@ -214,10 +214,10 @@ def test_a_fact_that_is_done_stays_where_it_is_and_the_others_go_on(tiny_llama: 
     moved = {place.examples[0].goal: float(d.norm()) for place, d in zip(found, delta_PD, strict=True)}
     assert moved["lower"] == 0.0 and moved["raise"] > 0.1
     long = dataclasses.replace(SETTINGS, steps=60, decay=0.0, stop=1.0, clamp=3.0)
-    (place,) = found_in(tiny_llama, (MAURITIUS,), contexts=0)
+    # one token: the next ones of a random model hardly depend on a hidden state before them
+    (place,) = found_in(tiny_llama, (Example(prompt="The capital of Mauritius is", target=" on"),), contexts=0)
     (delta_D,) = _values.values(tiny_llama, [place], 0, long, RUN.progress)
-    tokens = len(place.asked[0].ids) - place.asked[0].given
-    assert loss_of(tiny_llama, place, delta_D) / tokens < 1.0, "it went on until the loss was below `stop`"
+    assert 0.1 < loss_of(tiny_llama, place, delta_D) < 1.0, "it went on until the loss was below `stop`"
     further = _values.values(tiny_llama, [place], 0, dataclasses.replace(long, steps=90), RUN.progress)[0]
     assert torch.equal(further, delta_D), "and no further"
 
