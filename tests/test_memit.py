@@ -341,22 +341,52 @@ def test_layers_are_read_as_ranges_and_lists(tiny_gpt2: Host) -> None:
         Rome(layers="0-1").edit(tiny_gpt2, (MAURITIUS,), RUN)
 
 
+PROMPT = (MAURITIUS.prompt, None)
+
+
 def test_tracing_sees_which_mlp_speaks(tiny_gpt2: Host) -> None:
     """One that is switched off has no effect, nor has the last one before the last token; restoring what is clean has all of it."""
-    assert _trace.trace(tiny_gpt2, [MAURITIUS], seed=0).shape == (2,) and _trace.trace(tiny_gpt2, [MAURITIUS], width=2).shape == (1,)
-    subject = dataclasses.replace(MAURITIUS, subject="Mauritius")
-    first, last = _trace.trace(tiny_gpt2, [subject]).tolist()
+    assert _trace.trace(tiny_gpt2, [PROMPT], 1).effects_EW.shape == (1, 2)
+    assert _trace.trace(tiny_gpt2, [PROMPT], 2).effects_EW.shape == (1, 1)
+    first, last = _trace.trace(tiny_gpt2, [(MAURITIUS.prompt, "Mauritius")], 1).effects_EW[0].tolist()
     assert first != 0.0 and last == 0.0
     with torch.no_grad():
         for name in ("weight", "bias"):
             tiny_gpt2.model.get_parameter(f"transformer.h.0.mlp.c_proj.{name}").zero_()
-    first, last = _trace.trace(tiny_gpt2, [MAURITIUS]).tolist()
+    first, last = _trace.trace(tiny_gpt2, [PROMPT], 1).effects_EW[0].tolist()
     assert first == 0.0 and last != 0.0
+
+
+def test_what_is_corrupted_and_what_is_clean(tiny_llama: Host) -> None:
+    """p of the model's own answer; and noise on a subject leaves what comes before it alone."""
+    told = _trace.trace(tiny_llama, [PROMPT, ("Mauritius lies in the", "Mauritius")], 1, samples=3)
+    with torch.no_grad():
+        batch = hosts.pad(tiny_llama, [(hosts.tokens(tiny_llama, MAURITIUS.prompt), 1)])
+        best = hosts.logits(tiny_llama, batch)[0, -1].softmax(-1).max()
+    assert float(told.clean_E[0]) == pytest.approx(float(best), rel=1e-4)
+    assert bool((told.corrupted_E != told.clean_E).all())
+    again = _trace.trace(tiny_llama, [PROMPT], 1, samples=3, seed=1)
+    assert float(again.clean_E[0]) == pytest.approx(float(best), rel=1e-4) and float(again.corrupted_E[0]) != float(told.corrupted_E[0])
+
+
+def test_the_window_with_the_greatest_mean_effect_is_chosen_but_not_the_last() -> None:
+    def chosen(*effects: list[float], width: int = 2) -> list[int]:
+        p_E = torch.zeros(len(effects))
+        return _trace.Trace(width=width, clean_E=p_E, corrupted_E=p_E, effects_EW=torch.tensor(effects)).chosen
+
+    assert chosen([0.1, 0.3, 0.2]) == [1, 2] and chosen([0.1, 0.0, 0.9]) == [0, 1] and chosen([0.5]) == [0, 1]
+    assert chosen([0.4, 0.3, 0.0], [0.0, 0.3, 0.0], width=1) == [1], "their mean counts"
+
+
+def test_what_cannot_be_traced_is_refused(tiny_gpt2: Host) -> None:
+    for prompt in ("", "The capital of Mauritius " * 40):
+        with pytest.raises(InvalidExample, match="can be traced on 1 to 127"):
+            _trace.trace(tiny_gpt2, [(prompt, None)])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_architecture_can_be_traced(family: str) -> None:
     host = tiny_host(family)
-    effects = _trace.trace(host, EXAMPLES[:2], samples=3)
-    assert effects.shape == (2,) and bool(effects.isfinite().all()) and bool(effects.any())
-    assert _trace.traced_window(host, EXAMPLES[:2], 0, 0) == [0]
+    told = _trace.trace(host, [(e.prompt, e.subject) for e in EXAMPLES[:2]], samples=3)
+    assert told.effects_EW.shape == (2, 2) and bool(told.effects_EW.isfinite().all()) and bool(told.effects_EW.any())
+    assert told.width == 1 and told.chosen == [0]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from errata import hooks, hosts, text
 from errata.hosts import Host, Weights, stored_transposed
-from errata.methods._trace import traced_window
+from errata.methods._trace import TRACED, trace
 from errata.methods._values import Place
 from errata.types import Add, AddLowRank, Case, Example, InvalidExample, Op, Run, State, UnknownName, WrongBase
 
@@ -43,8 +43,9 @@ def state_for(
 ) -> State:
     """The layers, given or found by tracing `examples`, and C of each, from `per_key` tokens of held text for each of its dimensions."""
     texts = run.hold or text.sampled(host, seed=run.seed)
-    prompts = examples or [_cut(t) for t in texts[:64] if " " in t]
-    chosen = layers_of(host, layers) if layers else traced_window(host, prompts, width, run.seed)
+    # in an order of their own, so that the order of the examples does not count
+    prompts = [(e.prompt, e.subject) for e in sorted(examples, key=lambda e: e.id)] or [(_cut(t), None) for t in texts if " " in t[:120]]
+    chosen = layers_of(host, layers) if layers else trace(host, prompts[:TRACED], width, seed=run.seed).chosen
     modules = host.module_names((host.layout.mlp_out,), chosen)
     C, tokens = covariances(host, texts, modules, per_key)
     config = {"layers": chosen, "tokens": tokens}
@@ -52,10 +53,9 @@ def state_for(
     return State(method=method, host=host.id, config=config, tensors=C, trained_on=trained_on)
 
 
-def _cut(document: str) -> Example:
+def _cut(document: str) -> str:
     """A document's beginning, to be gone on with: what to trace where there is nothing else."""
-    prompt, _, last = document[:120].rpartition(" ")
-    return Example(prompt=prompt or document, target=f" {last or document}")
+    return document[:120].rpartition(" ")[0]
 
 
 def covariance_factors(host: Host, state: State, layers: Sequence[int], ridge: float) -> dict[int, Float[Tensor, "K K"]]:
