@@ -18,6 +18,7 @@ subject may stand in the prompt more than once (the last one counts), and its la
 File legend: N rows, T tokens, Q scored tokens, V vocabulary, P places, D model width, E examples, I an example behind one prefix.
 """
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -84,21 +85,20 @@ class Place:
     asked: tuple[Asked, ...]
 
 
-def prefixes(host: Host, examples: Sequence[Example], run: Run, n: int) -> list[str]:
-    """Up to `n` texts to stand before a prompt, drawn with the run's seed from the text that holds still: none states an edited fact."""
+def quiet(host: Host, examples: Sequence[Example], run: Run, n: int) -> list[str]:
+    """Up to `n` documents, drawn with the run's seed from the text that holds still: none states an edited fact, before or after."""
     if not n:
         return []
-    given = run.hold or text.sampled(host, n=8 * n, length=24, seed=run.seed)
-    statements = text.Statements(examples, [text.in_play(e, "") for e in examples], text.document_counts(given), len(given))
+    given = run.hold or text.sampled(host, seed=run.seed)
+    statements = text.Statements(examples, text.answers_of(host, examples), text.document_counts(given), len(given))
     drawn = list(dict.fromkeys(given))
     random.Random(run.seed).shuffle(drawn)
-    out: list[str] = []
-    for document in drawn:
-        if not statements.any_in(document):
-            out.append((document if len(document) <= CHARACTERS else document[:CHARACTERS].rpartition(" ")[0] + ".") + " ")
-        if len(out) == n:
-            break
-    return out
+    return list(itertools.islice((document for document in drawn if not statements.any_in(document)), n))
+
+
+def prefixes(documents: Sequence[str], n: int) -> list[str]:
+    """The beginnings of `n` of the documents, to stand before a prompt."""
+    return [(d if len(d) <= CHARACTERS else d[:CHARACTERS].rpartition(" ")[0] + ".") + " " for d in documents[:n]]
 
 
 def places(host: Host, examples: Sequence[Example], leads: Sequence[str]) -> list[Place]:
