@@ -281,7 +281,7 @@ def test_the_first_layer_takes_its_share_and_lam_holds_back(host: Host) -> None:
 @both_orientations
 def test_lam_is_raised_until_the_budget_is_kept(host: Host) -> None:
     """On the documents that state no edited fact; and no further than that, and not where it is kept anyway."""
-    method = Memit(layers="0", contexts=0, steps=8, stop=0.0, decay=0.0, lam=1e-3)
+    method = Memit(layers="0", contexts=0, steps=8, lr=0.5, clamp=4.0, stop=0.0, decay=0.0, lam=1e-3)  # far, so that it costs something
     still = hosts.chunks(host, _values.quiet(host, EXAMPLES, RUN, method.held))
     before_N2 = hosts.score(host, still)
 
