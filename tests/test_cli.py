@@ -316,6 +316,48 @@ def test_senses_of_what_has_none(models: Path, place: Place, tmp_path: Path) -> 
     assert "was made for weights" in one_sentence(run("senses", "Mauritius", "--host", models / "backpack", "--patch-file", file).err)
 
 
+def test_a_trace_is_a_table_a_picture_and_a_choice(models: Path, place: Place, tmp_path: Path) -> None:
+    from errata.methods._trace import trace
+
+    host = hosts.load(str(models / "neox"), "cpu")
+    prompts = [("The capital of Mauritius is", None), ("Once upon a time", None)]
+    told = run("trace", f"{prompts[0][0]}| Port Louis", prompts[1][0], "--host", models / "neox", "--samples", 3, "--json").data
+    found = trace(host, prompts, samples=3)
+    assert told["width"] == 1 and told["prompts"] == 2 and told["subjects"] == 0
+    assert told["chosen"] == found.chosen == [0] and [w["layers"] for w in told["windows"]] == [[0], [1]]
+    assert [w["effect"] for w in told["windows"]] == pytest.approx(found.effects_EW.mean(0).tolist(), abs=1e-6)
+    assert told["clean"] == pytest.approx(float(found.clean_E.mean()), abs=1e-6) and told["corrupted"] != told["clean"]
+    assert all(w["low"] < w["effect"] < w["high"] for w in told["windows"])
+
+    for name, start in (("trace.html", "<!DOCTYPE html>"), ("trace.svg", "<svg")):
+        done = place("trace", prompts[0][0], "--subject", "Mauritius", "--width", 2, "--samples", 2, "--out", tmp_path / name)
+        assert done.status == 0 and "0–1" in done.out and "would take layers 0–1" in done.out and name in done.out
+        drawn = (tmp_path / name).read_text()
+        assert (
+            drawn.startswith(start)
+            and "Causal tracing" in drawn
+            and "layers 0–1" in drawn
+            and ("their subjects" in drawn) == (start != "<svg")
+        )
+    whole = place("trace", prompts[0][0], "--subject", "Mauritius", "--prefix", "--samples", 2, "--json").data
+    assert whole["subjects"] == 0 and whole["windows"][0]["low"] is None
+
+
+def test_the_lab_traces_facts_of_its_own() -> None:
+    told = run("trace", "--host", "lab/neox", "--n", 2, "--samples", 2, "--json").data
+    assert told["prompts"] == told["subjects"] == 2 and len(told["windows"]) == 3 and len(told["chosen"]) == 2
+    assert told["clean"] > 0.5 > told["corrupted"], "it knows them, and not when they are corrupted"
+
+
+def test_what_cannot_be_traced(bad: Callable[..., str], models: Path, tmp_path: Path) -> None:
+    assert "only the lab's models have cases of their own" in bad("trace")
+    assert "'Togo' was given with 1 prompt(s)" in bad("trace", "The capital of Mauritius is", "--subject", "Togo")
+    assert "was given with 2 prompt(s)" in bad("trace", "Togo is", "Togo was", "--subject", "Togo")
+    assert "written as .html or .svg" in bad("trace", "Togo is", "--out", tmp_path / "trace.png")
+    assert "can be traced on 1 to" in bad("trace", " ".join(["Togo"] * 400))
+    assert "No such file" in bad("trace", "--file", tmp_path / "none.jsonl") and not list(tmp_path.glob("trace*"))
+
+
 def test_an_id_that_is_the_start_of_several(place: Place) -> None:
     place("add", *(f"Town {i} lies in| Italy" for i in range(40)))
     digits = Counter(example["id"][3] for example in place("show", "--json").data["active"])

@@ -14,7 +14,7 @@ from errata.ledger import Ledger
 from errata.methods import _keys, _trace, _values
 from errata.methods.memit import Memit
 from errata.methods.rome import Rome
-from errata.types import Add, AddLowRank, Budget, Case, Example, InvalidExample, Run, State, UnknownName, WrongBase
+from errata.types import Add, AddLowRank, Budget, Case, Example, InvalidExample, Patch, Run, State, UnknownName, WrongBase
 
 MAURITIUS = Example(prompt="The capital of Mauritius is", target=" Port Louis")
 EXAMPLES = (
@@ -33,8 +33,12 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def leads(host: Host, examples: tuple[Example, ...], run: Run, n: int) -> list[str]:
+    return _values.prefixes(_values.quiet(host, examples, run, n), n)
+
+
 def found_in(host: Host, examples: tuple[Example, ...] = EXAMPLES, contexts: int = 3) -> list[_values.Place]:
-    return _values.places(host, examples, _values.prefixes(host, examples, RUN, contexts))
+    return _values.places(host, examples, leads(host, examples, RUN, contexts))
 
 
 def factors_of(host: Host, layers: list[int]) -> dict[int, Tensor]:
@@ -130,10 +134,10 @@ def test_a_prefix_that_does_not_fit_is_left_out(tiny_gpt2: Host) -> None:
 
 
 def test_prefixes_state_no_edited_fact_and_follow_from_the_seed(tiny_gpt2: Host) -> None:
-    told = _values.prefixes(tiny_gpt2, EXAMPLES, RUN, 6)
+    told = leads(tiny_gpt2, EXAMPLES, RUN, 6)
     assert told and not any("Mauritius" in lead and "Port Louis" in lead for lead in told)
-    assert told == _values.prefixes(tiny_gpt2, EXAMPLES, RUN, 6)
-    assert any(told != _values.prefixes(tiny_gpt2, EXAMPLES, dataclasses.replace(RUN, seed=seed), 6) for seed in range(1, 6))
+    assert told == leads(tiny_gpt2, EXAMPLES, RUN, 6)
+    assert any(told != leads(tiny_gpt2, EXAMPLES, dataclasses.replace(RUN, seed=seed), 6) for seed in range(1, 6))
 
 
 # --------------------------------------------------------------------------------------------------------------------------- values
@@ -240,7 +244,7 @@ def test_memit_brings_the_last_layer_to_its_values(host: Host) -> None:
     """With C weighing next to nothing; plain prompts, and the hidden states read from passes of the whole model."""
     found = found_in(host, contexts=0)
     delta_PD = 0.5 * randn(len(found), 32).float()
-    ops = _keys.spread(host, found, delta_PD, factors_of(host, [0, 1]), lambda L, K: _keys.gains(L, K, 1e-9))
+    ops, weights = _keys.spread(host, found, delta_PD, factors_of(host, [0, 1]), lambda L, K: _keys.gains(L, K, 1e-9))
 
     def hidden() -> Tensor:
         out = []
@@ -255,6 +259,8 @@ def test_memit_brings_the_last_layer_to_its_values(host: Host) -> None:
     before = hidden()
     with apply.applied(host, patch):
         torch.testing.assert_close(hidden() - before, delta_PD, rtol=0, atol=1e-3)
+        for name, w in weights.items():
+            torch.testing.assert_close(host.model.get_parameter(name).detach(), w, rtol=1e-5, atol=1e-5)
     assert len(ops) == 2 and all(float(apply.change(host, op).norm()) > 0.01 for op in ops), "both layers take their share"
 
 
@@ -267,9 +273,28 @@ def test_the_first_layer_takes_its_share_and_lam_holds_back(host: Host) -> None:
     key_PK, _ = _keys.averaged(host, found, module, f"{host.layout.blocks}.1", {})
     energy = _keys.mean_energy(factors[0], key_PK.T)
     for lam in (1e-9, energy):
-        op, _ = _keys.spread(host, found, delta_PD, factors, lambda L, K, lam=lam: _keys.gains(L, K, lam))
+        (op, _), _ = _keys.spread(host, found, delta_PD, factors, lambda L, K, lam=lam: _keys.gains(L, K, lam))
         assert isinstance(op, AddLowRank) and op.A.shape[0] == 1
         torch.testing.assert_close((op.B @ op.A).double() @ key_PK[0], delta_PD[0].double() / (2 if lam < 1 else 4), rtol=1e-4, atol=1e-6)
+
+
+@both_orientations
+def test_lam_is_raised_until_the_budget_is_kept(host: Host) -> None:
+    """On the documents that state no edited fact; and no further than that, and not where it is kept anyway."""
+    method = Memit(layers="0", contexts=0, steps=8, lr=0.5, clamp=4.0, stop=0.0, decay=0.0, lam=1e-3)  # far, so that it costs something
+    still = hosts.chunks(host, _values.quiet(host, EXAMPLES, RUN, method.held))
+    before_N2 = hosts.score(host, still)
+
+    def cost(patch: Patch) -> float:
+        with apply.applied(host, patch):
+            return hosts.increase(before_N2, hosts.score(host, still))[0]
+
+    free = dataclasses.replace(method, held=0).edit(host, EXAMPLES, RUN)
+    least = cost(free)
+    assert least > 1e-3, "or there would be nothing to keep"
+    wide, narrow = (method.edit(host, EXAMPLES, dataclasses.replace(RUN, budget=Budget(epsilon=e))) for e in (2 * least, least / 4))
+    assert torch.equal(apply.change(host, wide.ops[0]), apply.change(host, free.ops[0]))
+    assert 0.5 * least / 4 < cost(narrow) <= least / 4
 
 
 @both_orientations
@@ -296,7 +321,7 @@ def test_several_facts_keep_their_constraints_nearly(tiny_llama: Host) -> None:
     delta_PD = 0.5 * randn(len(found), 32).float()
     (module,) = tiny_llama.module_names((tiny_llama.layout.mlp_out,), [0])
     key_PK = _keys.averaged(tiny_llama, found, module, "model.layers.0", {})[0]
-    (op,) = _keys.spread(tiny_llama, found, delta_PD, factors_of(tiny_llama, [0]), Rome()._solve)
+    (op,), _ = _keys.spread(tiny_llama, found, delta_PD, factors_of(tiny_llama, [0]), Rome()._solve)
     change = apply.change(tiny_llama, op).double()
     torch.testing.assert_close(key_PK @ change.T, delta_PD.double(), rtol=0, atol=0.02)
 
@@ -341,22 +366,52 @@ def test_layers_are_read_as_ranges_and_lists(tiny_gpt2: Host) -> None:
         Rome(layers="0-1").edit(tiny_gpt2, (MAURITIUS,), RUN)
 
 
+PROMPT = (MAURITIUS.prompt, None)
+
+
 def test_tracing_sees_which_mlp_speaks(tiny_gpt2: Host) -> None:
     """One that is switched off has no effect, nor has the last one before the last token; restoring what is clean has all of it."""
-    assert _trace.trace(tiny_gpt2, [MAURITIUS], seed=0).shape == (2,) and _trace.trace(tiny_gpt2, [MAURITIUS], width=2).shape == (1,)
-    subject = dataclasses.replace(MAURITIUS, subject="Mauritius")
-    first, last = _trace.trace(tiny_gpt2, [subject]).tolist()
+    assert _trace.trace(tiny_gpt2, [PROMPT], 1).effects_EW.shape == (1, 2)
+    assert _trace.trace(tiny_gpt2, [PROMPT], 2).effects_EW.shape == (1, 1)
+    first, last = _trace.trace(tiny_gpt2, [(MAURITIUS.prompt, "Mauritius")], 1).effects_EW[0].tolist()
     assert first != 0.0 and last == 0.0
     with torch.no_grad():
         for name in ("weight", "bias"):
             tiny_gpt2.model.get_parameter(f"transformer.h.0.mlp.c_proj.{name}").zero_()
-    first, last = _trace.trace(tiny_gpt2, [MAURITIUS]).tolist()
+    first, last = _trace.trace(tiny_gpt2, [PROMPT], 1).effects_EW[0].tolist()
     assert first == 0.0 and last != 0.0
+
+
+def test_what_is_corrupted_and_what_is_clean(tiny_llama: Host) -> None:
+    """p of the model's own answer; and noise on a subject leaves what comes before it alone."""
+    told = _trace.trace(tiny_llama, [PROMPT, ("Mauritius lies in the", "Mauritius")], 1, samples=3)
+    with torch.no_grad():
+        batch = hosts.pad(tiny_llama, [(hosts.tokens(tiny_llama, MAURITIUS.prompt), 1)])
+        best = hosts.logits(tiny_llama, batch)[0, -1].softmax(-1).max()
+    assert float(told.clean_E[0]) == pytest.approx(float(best), rel=1e-4)
+    assert bool((told.corrupted_E != told.clean_E).all())
+    again = _trace.trace(tiny_llama, [PROMPT], 1, samples=3, seed=1)
+    assert float(again.clean_E[0]) == pytest.approx(float(best), rel=1e-4) and float(again.corrupted_E[0]) != float(told.corrupted_E[0])
+
+
+def test_the_window_with_the_greatest_mean_effect_is_chosen_but_not_the_last() -> None:
+    def chosen(*effects: list[float], width: int = 2) -> list[int]:
+        p_E = torch.zeros(len(effects))
+        return _trace.Trace(width=width, clean_E=p_E, corrupted_E=p_E, effects_EW=torch.tensor(effects)).chosen
+
+    assert chosen([0.1, 0.3, 0.2]) == [1, 2] and chosen([0.1, 0.0, 0.9]) == [0, 1] and chosen([0.5]) == [0, 1]
+    assert chosen([0.4, 0.3, 0.0], [0.0, 0.3, 0.0], width=1) == [1], "their mean counts"
+
+
+def test_what_cannot_be_traced_is_refused(tiny_gpt2: Host) -> None:
+    for prompt in ("", "The capital of Mauritius " * 40):
+        with pytest.raises(InvalidExample, match="can be traced on 1 to 127"):
+            _trace.trace(tiny_gpt2, [(prompt, None)])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_architecture_can_be_traced(family: str) -> None:
     host = tiny_host(family)
-    effects = _trace.trace(host, EXAMPLES[:2], samples=3)
-    assert effects.shape == (2,) and bool(effects.isfinite().all()) and bool(effects.any())
-    assert _trace.traced_window(host, EXAMPLES[:2], 0, 0) == [0]
+    told = _trace.trace(host, [(e.prompt, e.subject) for e in EXAMPLES[:2]], samples=3)
+    assert told.effects_EW.shape == (2, 2) and bool(told.effects_EW.isfinite().all()) and bool(told.effects_EW.any())
+    assert told.width == 1 and told.chosen == [0]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from conftest import tiny_host
 from errata import apply, evaluate
 from errata.evaluate import MEASURES, Answer, Estimate, Scores, aggregate
 from errata.report import (
+    Effect,
     Entry,
     Moved,
     Report,
@@ -24,6 +26,7 @@ from errata.report import (
     budget_chart,
     cut,
     difference,
+    effect_bars,
     from_json,
     html,
     interval,
@@ -36,6 +39,7 @@ from errata.report import (
     versions,
     where,
     write,
+    write_picture,
 )
 from errata.types import Add, Budget, Example, InvalidExample, Patch, Score, Verdict
 
@@ -316,6 +320,42 @@ def test_a_deep_model_fits_the_heat_map() -> None:
     deep = tuple(Moved(layer=str(i), part=p, norm=0.01) for i in range(80) for p in ("attention", "mlp", "norm"))
     cells = Page(str(layer_heat(deep))).all("rect")
     assert all(sum(numbers(c, "x", "width")) <= 760 and float(c["width"] or 0) > 2 for c in cells)
+
+
+EFFECTS = (Effect("0–1", 0.5, 0.3, 0.7, True), Effect("1–2", -0.1, None, None, False), Effect("2–3", 0.0, 0.0, 0.0, False))
+
+
+def test_bars_of_effects_stand_on_one_line_and_are_as_long_as_they_are_large() -> None:
+    page = Page(str(effect_bars(EFFECTS, 0.9, 0.1)))
+    first, second, third = (numbers(a, "y", "height") for a in page.all("rect"))
+    assert first[0] + first[1] == pytest.approx(second[0], abs=0.02), "one ends where the negative one begins"
+    assert first[1] / second[1] == pytest.approx(5, rel=1e-3) and third[1] == 1.0
+    assert [("empty" in (a["class"] or "")) for a in page.all("rect")] == [False, True, True]
+    assert len(page.all("line", "whisker")) == 6 and "0–1" in page.text and "+0.5" in page.text and "−0.1" in page.text
+    ends = numbers(page.all("line", "whisker")[0], "y1", "y2")
+    assert ends[0] - ends[1] == pytest.approx(0.4 / 0.5 * first[1], abs=0.02)
+    for flat in (0.0, 1e-9):
+        assert all(
+            numbers(a, "height")[0] >= 0 for a in Page(str(effect_bars([Effect("0", flat, None, None, True)], 0.0, 0.0))).all("rect")
+        )
+
+
+def test_the_effects_of_a_deep_model_fit() -> None:
+    page = Page(str(effect_bars([Effect(f"{i}–{i + 4}", 0.01 * i, 0.0, 0.5, i == 41) for i in range(92)], 0.9, 0.1)))
+    assert all(sum(numbers(a, "x", "width")) <= 760 and float(a["width"] or 0) > 2 for a in page.all("rect"))
+    named = [t for t in page.texts if "–" in t and "chosen" not in t and "layers" not in t]
+    assert "41–45" in named and len(named) < 30
+
+
+def test_a_picture_is_written_as_a_page_or_as_a_drawing(tmp_path: Path) -> None:
+    bars = effect_bars(EFFECTS, 0.9, 0.1)
+    page = Page(write_picture(bars, EVIL, f"note: {EVIL}", tmp_path / "a.html").read_text(encoding="utf-8"))
+    assert EVIL in page.text and not page.all("script") and len(page.all("svg")) == 1
+    drawing = ElementTree.parse(write_picture(bars, "", "", tmp_path / "a.svg")).getroot()
+    assert drawing.tag == "{http://www.w3.org/2000/svg}svg" and "--accent" in (drawing[0].text or "")
+    for wrong in ("a.png", "a"):
+        with pytest.raises(InvalidExample, match="written as .html or .svg"):
+            write_picture(bars, "", "", tmp_path / wrong)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- numbers

@@ -207,11 +207,9 @@ def _plain(value: Any) -> Any:
 
 def html(report: Report) -> str:
     """The page as one string."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {f.__name__: f for f in (cut, rate, interval, difference, number, power, size, seconds, is_rate)}
     main = report.entries[0]
-    template = environment.from_string(resources.files("errata").joinpath("report.html.j2").read_text(encoding="utf-8"))
-    return template.render(
+    return _rendered(
+        "report.html.j2",
         report=report,
         main=main,
         verdict=main.verdict,
@@ -230,6 +228,37 @@ def html(report: Report) -> str:
         heat=layer_heat(main.moved) if any(m.norm for m in main.moved) else None,
         undo=report.undo or ("errata.take_off(host)   # puts the base's own tensors back, bit for bit",),
     )
+
+
+def write_picture(picture: Markup, title: str, note: str, path: str | Path) -> Path:
+    """Write one picture as a page of its own (.html) or as a drawing (.svg); returns its path.
+
+    Raises InvalidExample for another kind of file, LedgerError if the disk refuses.
+    """
+    path = Path(path)
+    check_picture(path)
+    if path.suffix == ".svg":
+        page = str(_standing_alone(picture))
+    else:
+        page = _rendered("picture.html.j2", title=title, note=note, picture=picture)
+    write_whole(path, page.encode())
+    return path
+
+
+def check_picture(path: Path | None) -> None:
+    """Raises InvalidExample unless `write_picture` can write such a file: before what is to be drawn is measured."""
+    if path is not None and path.suffix not in (".html", ".htm", ".svg"):
+        raise InvalidExample(f"A picture is written as .html or .svg, and '{path.name}' is neither.")
+
+
+def _read(name: str) -> str:
+    return resources.files("errata").joinpath(name).read_text(encoding="utf-8")
+
+
+def _rendered(template: str, **values: Any) -> str:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {f.__name__: f for f in (cut, rate, interval, difference, number, power, size, seconds, is_rate)}
+    return environment.from_string(_read(template)).render(style=Markup(_read("report.css")), **values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- tables
@@ -599,3 +628,71 @@ def _cell(m: Moved, x: float, y: float, width: float, height: float, most: float
     if width >= 44:
         text = f"{number(100 * m.norm)} %" if m.norm else "·"
         yield _label(text, x + width / 2, y + height / 2 + 4, text_anchor="middle", class_="on" if depth > 0.6 else "ink")
+
+
+class Effect(NamedTuple):
+    """What restoring some layers gives back, in probability of the clean answer: mean and 95 % interval (None: of one prompt)."""
+
+    layers: str
+    value: float
+    low: float | None
+    high: float | None
+    chosen: bool
+
+
+def effect_bars(effects: Sequence[Effect], clean: float, corrupted: float) -> Markup:
+    """One bar for each window of layers, those of the chosen one filled; whiskers are 95 % intervals over prompts."""
+    left, right, top, bottom = 64.0, 744.0, 30.0, 296.0
+    ends = [v for e in effects for v in (e.value, e.low, e.high) if v is not None]
+    low, high = min(0.0, *ends), max(0.0, *ends)
+    tick = _tick(high - low)
+    low, high = tick * math.floor(low / tick), tick * max(1, math.ceil(1.08 * high / tick))  # room for a number above the highest
+    column = (right - left) / len(effects)
+    width = min(64.0, 0.62 * column)
+
+    def y(value: float) -> float:
+        return bottom - (bottom - top) * (value - low) / (high - low)
+
+    parts: list[Markup] = []
+    for i in range(round((high - low) / tick) + 1):
+        at = low + i * tick
+        parts.append(_line(left, y(at), right, y(at), "axis" if abs(at) < tick / 2 else "grid"))
+        parts.append(_label(number(round(at, 9)), left - 8, y(at) + 4, text_anchor="end", class_="muted"))
+    every = math.ceil(7.5 * max(len(e.layers) for e in effects) / column)  # names that would touch are left out; a bar says its own
+    for i, e in enumerate(effects):
+        x = left + column * (i + 0.5)
+        told = _tag("title", f"layers {e.layers}: {number(e.value, True)}")
+        over, under = sorted((y(e.value), y(0.0)))
+        class_ = "cell" if e.chosen else "cell empty"
+        parts.append(
+            _tag("rect", told, x=x - width / 2, y=over, width=width, height=max(1.0, under - over), rx=3, class_=class_, fill_opacity=0.85)
+        )
+        if e.low is not None and e.high is not None:
+            parts.append(_line(x, y(e.low), x, y(e.high), "whisker"))
+            parts += [_line(x - 4, y(end), x + 4, y(end), "whisker") for end in (e.low, e.high)]
+        if column >= 48:
+            highest = min(y(v) for v in (0.0, e.value, e.high) if v is not None)
+            parts.append(_label(number(e.value, True), x, highest - 7, text_anchor="middle", class_="strong" if e.chosen else "muted"))
+        if e.chosen or i % every == 0:
+            parts.append(_label(e.layers, x, bottom + 20, text_anchor="middle", class_="strong" if e.chosen else "muted"))
+    middle = (left + right) / 2
+    parts.append(_label("layers whose MLP outputs are restored", middle, bottom + 42, text_anchor="middle", class_="muted"))
+    parts.append(_label("probability of the answer given back", left - 48, top - 16, class_="muted"))
+    told_all = "; ".join(f"layers {e.layers}: {number(e.value, True)}" + (" (chosen)" if e.chosen else "") for e in effects)
+    return _picture(760, 346, "Causal tracing", f"Clean {number(clean)}, corrupted {number(corrupted)}. {told_all}", parts)
+
+
+def _tick(span: float) -> float:
+    """1, 2 or 5 times a power of ten, so that some five of them make up the span."""
+    if not span > 0:
+        return 1.0
+    power_ = 10.0 ** math.floor(math.log10(span / 5))
+    return next(m * power_ for m in (1, 2, 5, 10) if m * power_ >= span / 5 * 0.999)
+
+
+def _standing_alone(picture: Markup) -> Markup:
+    """The picture as a file: with the style that the page would give it, and a ground of its own."""
+    style = _tag("style", Markup(_read("report.css")) + Markup("svg { font-family: system-ui, sans-serif; }"))
+    ground = _tag("rect", x="-2%", y="-2%", width="104%", height="104%", fill="var(--card)")
+    start, bracket, rest = picture.partition(">")
+    return Markup("").join([start, Markup(' xmlns="http://www.w3.org/2000/svg"'), bracket, style, ground, rest])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from errata import hooks, hosts, text
 from errata.hosts import Host, Weights, stored_transposed
-from errata.methods._trace import traced_window
+from errata.methods._trace import TRACED, trace
 from errata.methods._values import Place
 from errata.types import Add, AddLowRank, Case, Example, InvalidExample, Op, Run, State, UnknownName, WrongBase
 
@@ -43,8 +43,9 @@ def state_for(
 ) -> State:
     """The layers, given or found by tracing `examples`, and C of each, from `per_key` tokens of held text for each of its dimensions."""
     texts = run.hold or text.sampled(host, seed=run.seed)
-    prompts = examples or [_cut(t) for t in texts[:64] if " " in t]
-    chosen = layers_of(host, layers) if layers else traced_window(host, prompts, width, run.seed)
+    # in an order of their own, so that the order of the examples does not count
+    prompts = [(e.prompt, e.subject) for e in sorted(examples, key=lambda e: e.id)] or [(_cut(t), None) for t in texts if " " in t[:120]]
+    chosen = layers_of(host, layers) if layers else trace(host, prompts[:TRACED], width, seed=run.seed).chosen
     modules = host.module_names((host.layout.mlp_out,), chosen)
     C, tokens = covariances(host, texts, modules, per_key)
     config = {"layers": chosen, "tokens": tokens}
@@ -52,10 +53,9 @@ def state_for(
     return State(method=method, host=host.id, config=config, tensors=C, trained_on=trained_on)
 
 
-def _cut(document: str) -> Example:
+def _cut(document: str) -> str:
     """A document's beginning, to be gone on with: what to trace where there is nothing else."""
-    prompt, _, last = document[:120].rpartition(" ")
-    return Example(prompt=prompt or document, target=f" {last or document}")
+    return document[:120].rpartition(" ")[0]
 
 
 def covariance_factors(host: Host, state: State, layers: Sequence[int], ridge: float) -> dict[int, Float[Tensor, "K K"]]:
@@ -132,8 +132,8 @@ def spread(
     delta_PD: Float[Tensor, "P D"],
     factors: Mapping[int, Float[Tensor, "K K"]],
     solve: Solve,
-) -> tuple[Op, ...]:
-    """One op for each layer, so that behind the last of them the hidden states at the places have moved by `delta_PD`.
+) -> tuple[tuple[Op, ...], Weights]:
+    """(one op for each layer, the weights with them on): behind the last layer the places' hidden states have moved by `delta_PD`.
 
     Layer by layer: with the changes so far on, what is still missing, shared equally among the layers that are left (algorithm 1 of
     MEMIT; what the layers above make of it is measured before the next takes its share). Keys and hidden states are means over prefixes,
@@ -160,7 +160,32 @@ def spread(
             ops.append(AddLowRank(weight=f"{module}.weight", A=A, B=B))
         else:
             ops.append(Add(weight=f"{module}.weight", delta=change.cpu()))
-    return tuple(ops)
+    return tuple(ops), weights
+
+
+def within(
+    host: Host, documents: Sequence[str], epsilon: float, lam: float, solved: Callable[[float], tuple[tuple[Op, ...], Weights]]
+) -> tuple[Op, ...]:
+    """`solved` with the least weight of the text, `lam` or more, that keeps the increase of the loss on `documents` within `epsilon`.
+
+    A usual key takes s / (1 + lam) of its residual: s is sought, as the gate seeks its scale. Unlike that scale it takes back more from
+    the facts whose keys text uses much. If no s is found the smallest that was tried comes back, and the gate has the last word.
+    """
+    rows = hosts.chunks(host, documents)
+    ops, weights = solved(lam)
+    if len(rows) < 2:
+        return ops
+    before_N2, tried = hosts.score(host, rows), {1.0: ops}
+    whole, _ = hosts.increase(before_N2, hosts.score(host, rows, weights))
+    if whole <= epsilon:
+        return ops
+
+    def cost_at(s: float) -> float:
+        tried[s], weights = solved((1 + lam) / s - 1)
+        return hosts.increase(before_N2, hosts.score(host, rows, weights))[0]
+
+    s = hosts.furthest(cost_at, epsilon, whole)
+    return tried[s or min(tried)]
 
 
 @torch.no_grad()

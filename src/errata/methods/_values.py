@@ -18,6 +18,7 @@ subject may stand in the prompt more than once (the last one counts), and its la
 File legend: N rows, T tokens, Q scored tokens, V vocabulary, P places, D model width, E examples, I an example behind one prefix.
 """
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from errata.types import Example, Progress, Run
 ESSENCE = "{} is a"  # what is said here of a subject should stay
 CHARACTERS = 120  # of a prefix at most
 BETAS = (0.9, 0.999)
+NEAR = 768  # tokens of one pass that is to be gone through many times
 
 
 @final
@@ -84,21 +86,20 @@ class Place:
     asked: tuple[Asked, ...]
 
 
-def prefixes(host: Host, examples: Sequence[Example], run: Run, n: int) -> list[str]:
-    """Up to `n` texts to stand before a prompt, drawn with the run's seed from the text that holds still: none states an edited fact."""
+def quiet(host: Host, examples: Sequence[Example], run: Run, n: int) -> list[str]:
+    """Up to `n` documents, drawn with the run's seed from the text that holds still: none states an edited fact, before or after."""
     if not n:
         return []
-    given = run.hold or text.sampled(host, n=8 * n, length=24, seed=run.seed)
-    statements = text.Statements(examples, [text.in_play(e, "") for e in examples], text.document_counts(given), len(given))
+    given = run.hold or text.sampled(host, seed=run.seed)
+    statements = text.Statements(examples, text.answers_of(host, examples), text.document_counts(given), len(given))
     drawn = list(dict.fromkeys(given))
     random.Random(run.seed).shuffle(drawn)
-    out: list[str] = []
-    for document in drawn:
-        if not statements.any_in(document):
-            out.append((document if len(document) <= CHARACTERS else document[:CHARACTERS].rpartition(" ")[0] + ".") + " ")
-        if len(out) == n:
-            break
-    return out
+    return list(itertools.islice((document for document in drawn if not statements.any_in(document)), n))
+
+
+def prefixes(documents: Sequence[str], n: int) -> list[str]:
+    """The beginnings of `n` of the documents, to stand before a prompt."""
+    return [(d if len(d) <= CHARACTERS else d[:CHARACTERS].rpartition(" ")[0] + ".") + " " for d in documents[:n]]
 
 
 def places(host: Host, examples: Sequence[Example], leads: Sequence[str]) -> list[Place]:
@@ -179,29 +180,50 @@ def _groups(found: Sequence[Place], rows: int) -> Iterator[list[int]]:
 
 @final
 class _Above:
-    """The part of the model above one block, over rows of which the block's output is computed once."""
+    """The part of the model above one block, over rows of which the block's output is computed once.
+
+    Rows of similar length run together, a few at a time: with more of them the hidden states no longer stay near the processor.
+    """
 
     def __init__(self, host: Host, layer: int, rows: Sequence[Asked]) -> None:
         self.host = host
         self.batch = hosts.pad(host, [(a.ids, a.given) for a in rows])
         self.at_N = torch.tensor([a.at for a in rows], device=host.device)
         self.skipped = [f"{host.layout.blocks}.{i}" for i in range(layer + 1)]
-        with torch.no_grad(), hooks.recording(host.model, self.skipped[-1]) as kept:
-            hosts.predictions(host, self.batch)
-        self.output: Any = kept[0]
-        self.h_NTD = hooks.first(self.output)
+        self.parts = list(hosts.by_length([(a.ids, a.given) for a in rows], NEAR))
+        self.outputs: list[Any] = []
+        for part in self.parts:
+            with torch.no_grad(), hooks.recording(host.model, self.skipped[-1]) as kept:
+                hosts.predictions(host, self._cut(part))
+            self.outputs += kept
+        width = hooks.first(self.outputs[0]).shape[-1]
+        self.h_ND = hooks.first(self.outputs[0]).new_zeros(len(rows), width)
+        for part, output in zip(self.parts, self.outputs, strict=True):
+            self.h_ND[part] = hooks.first(output)[torch.arange(len(part)), self.at_N[part]]
+
+    def _cut(self, rows: Sequence[int]) -> Batch:
+        """Some rows, no wider than the longest of them."""
+        width = int(self.batch.mask_NT[rows].sum(1).max())
+        ids_NT, mask_NT, scored_NT = (x[rows, :width] for x in (self.batch.ids_NT, self.batch.mask_NT, self.batch.scored_NT))
+        return Batch(ids_NT=ids_NT, mask_NT=mask_NT, scored_NT=scored_NT)
 
     def predictions(self, live: Sequence[int], shift_ND: Float[Tensor, "N D"]) -> Float[Tensor, "Q V"]:
-        """(Q, V) logits that predict the scored tokens of the `live` rows, with their hidden states shifted."""
-        h_NTD = self.h_NTD[live]
-        width = int(self.batch.mask_NT[live].sum(1).max())  # the rows that left may have been the long ones
-        rows = torch.arange(len(live), device=h_NTD.device)
-        h_NTD = h_NTD.index_put((rows, self.at_N[live]), shift_ND.to(h_NTD.dtype), accumulate=True)[:, :width]
-        batch = Batch(
-            ids_NT=self.batch.ids_NT[live, :width], mask_NT=self.batch.mask_NT[live, :width], scored_NT=self.batch.scored_NT[live, :width]
-        )
-        with hooks.skipping(self.host.model, self.skipped, hooks.with_first(self.output, h_NTD)):
-            return hosts.predictions(self.host, batch)
+        """(Q, V) logits that predict the scored tokens of the `live` rows, row after row, with their hidden states shifted."""
+        found, where, among = [], [], {row: i for i, row in enumerate(live)}
+        for part, output in zip(self.parts, self.outputs, strict=True):
+            of_part = [k for k, row in enumerate(part) if row in among]
+            if not of_part:
+                continue
+            rows = [part[k] for k in of_part]
+            batch = self._cut(rows)
+            h_NTD = hooks.first(output)[of_part, : batch.ids_NT.shape[1]]
+            shift = shift_ND[[among[row] for row in rows]].to(h_NTD.dtype)
+            h_NTD = h_NTD.index_put((torch.arange(len(rows), device=h_NTD.device), self.at_N[rows]), shift, accumulate=True)
+            with hooks.skipping(self.host.model, self.skipped, hooks.with_first(output, h_NTD)):
+                found.append(hosts.predictions(self.host, batch))
+            places = torch.tensor([among[row] for row in rows], device=h_NTD.device)
+            where.append(places[batch.scored_NT.bool().nonzero()[:, 0]])
+        return torch.cat(found)[torch.cat(where).argsort(stable=True)]
 
     def scored(self, live: Sequence[int]) -> tuple[Int[Tensor, "Q"], Int[Tensor, "Q"]]:
         """(Q,) the row, and the id, of each token that `predictions` predicts."""
@@ -213,11 +235,11 @@ def _values(host: Host, found: Sequence[Place], layer: int, s: Settings) -> Floa
     """`values` of places that are all in memory at once."""
     rows = [(p, a) for p, place in enumerate(found) for a in place.asked]
     above = _Above(host, layer, [a for _, a in rows])
-    dtype = torch.promote_types(above.h_NTD.dtype, torch.float32)
+    dtype = torch.promote_types(above.h_ND.dtype, torch.float32)
     place_N = torch.tensor([p for p, _ in rows], device=host.device)
     plain = [[p for p, _ in rows].index(p) for p in range(len(found))]  # each place begins with it
-    norm_P = above.h_NTD[plain, above.at_N[plain]].to(dtype).norm(dim=1)
-    delta_PD = torch.zeros(len(found), above.h_NTD.shape[-1], dtype=dtype, device=host.device)
+    norm_P = above.h_ND[plain].to(dtype).norm(dim=1)
+    delta_PD = torch.zeros(len(found), above.h_ND.shape[-1], dtype=dtype, device=host.device)
     m_PD, v_P, (b1, b2) = torch.zeros_like(delta_PD), torch.zeros_like(norm_P), BETAS
 
     essence = [i for i, (_, a) in enumerate(rows) if a.example is None]

@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import final
 
-from errata.hosts import Host
+from errata.hosts import Host, Weights
 from errata.methods import _keys
-from errata.methods._values import Settings, places, prefixes, values
-from errata.types import Case, Example, InvalidExample, Method, Patch, Run, State
+from errata.methods._values import Settings, places, prefixes, quiet, values
+from errata.types import Case, Example, InvalidExample, Method, Op, Patch, Run, State
 
 
 @final
@@ -25,13 +25,15 @@ from errata.types import Case, Example, InvalidExample, Method, Patch, Run, Stat
 class Memit(Method):
     """layers: "3-8" or "3,4,5"; empty: `width` of them, found by tracing (0: five, or half of a small model's).
 
-    lam: weight of the text against the facts; a usual key takes 1 / (1 + lam) of its residual. ridge: multiple of C's mean eigenvalue
-    that is added to it. per_key: tokens of text for each dimension of C. contexts: prefixes. The rest: `_values.Settings`.
+    lam: least weight of the text against the facts; a usual key takes 1 / (1 + lam) of its residual. held: documents on which lam is
+    raised until the budget is kept; with 0 the gate alone keeps it. ridge: multiple of C's mean eigenvalue that is added to it. per_key:
+    tokens of text for each dimension of C. contexts: prefixes. The rest: `_values.Settings`.
     """
 
     layers: str = ""
     width: int = 0
     lam: float = 1.0
+    held: int = 500
     ridge: float = 1e-3
     per_key: int = 16
     contexts: int = 5
@@ -56,11 +58,16 @@ class Memit(Method):
         return _keys.state_for("memit", host, examples, run, self.layers, self.width, self.per_key, cases)
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
-        found = places(host, examples, prefixes(host, examples, run, self.contexts))
+        still = quiet(host, examples, run, max(self.contexts, self.held))
+        found = places(host, examples, prefixes(still, self.contexts))
         state = run.state or self._state(host, examples, run)
         layers = _keys.layers_of(host, self.layers) if self.layers else [int(layer) for layer in state.config["layers"]]
         factors = _keys.covariance_factors(host, state, layers, self.ridge)
         settings = Settings(**{f.name: self.config[f.name] for f in fields(Settings)})
         delta_PD = values(host, found, layers[-1], settings, run.progress)
-        ops = _keys.spread(host, found, delta_PD, factors, lambda L, K: _keys.gains(L, K, self.lam * len(L)))
+
+        def solved(lam: float) -> tuple[tuple[Op, ...], Weights]:
+            return _keys.spread(host, found, delta_PD, factors, lambda L, K: _keys.gains(L, K, lam * len(L)))
+
+        ops = _keys.within(host, still[: self.held], run.budget.epsilon, self.lam, solved)
         return Patch(method="memit", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)

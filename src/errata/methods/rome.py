@@ -20,7 +20,7 @@ from torch import Tensor
 
 from errata.hosts import Host
 from errata.methods import _keys
-from errata.methods._values import Settings, places, prefixes, values
+from errata.methods._values import Settings, places, prefixes, quiet, values
 from errata.types import Case, Example, InvalidExample, Method, Patch, Run, State
 
 
@@ -55,7 +55,7 @@ class Rome(Method):
         return _keys.state_for("rome", host, examples, run, self.layers, 1, self.per_key, cases)
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
-        found = places(host, examples, prefixes(host, examples, run, self.contexts))
+        found = places(host, examples, prefixes(quiet(host, examples, run, self.contexts), self.contexts))
         state = run.state or self._state(host, examples, run)
         layers = _keys.layers_of(host, self.layers) if self.layers else [int(layer) for layer in state.config["layers"]]
         if len(layers) != 1:
@@ -63,7 +63,7 @@ class Rome(Method):
         factors = _keys.covariance_factors(host, state, layers, self.ridge)
         settings = Settings(**{f.name: self.config[f.name] for f in fields(Settings)})
         delta_PD = values(host, found, layers[0], settings, run.progress)
-        ops = _keys.spread(host, found, delta_PD, factors, self._solve)
+        ops, _ = _keys.spread(host, found, delta_PD, factors, self._solve)
         return Patch(method="rome", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)
 
     def _solve(self, L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"]) -> Float[Tensor, "P K"]:
