@@ -135,6 +135,8 @@ def _place(host: Host, weight: str) -> tuple[str, str]:
         block, _, rest = weight.removeprefix(f"{layout.blocks}.").partition(".")
         parts = {"attention": (*layout.attention_in, layout.attention_out), "mlp": (*layout.mlp_in, layout.mlp_out)}
         return block, next((part for part, names in parts.items() if rest.startswith(tuple(f"{n}." for n in names))), "norm")
+    if weight == layout.head:  # the module, not a parameter: an ensemble
+        return "beside", ""
     places = {"embedding": layout.embedding, "norm": layout.norm, "head": layout.head}
     places |= {"senses": layout.senses} if layout.senses else {}
     return next((place for place, name in places.items() if weight.startswith(f"{name}.")), "other"), ""

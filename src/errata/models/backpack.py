@@ -365,9 +365,13 @@ class BackpackModel(BackpackPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
+        senses: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """`input_ids` (N, T) new tokens, `attention_mask` (N, S) over cached and new ones, 1 for real tokens and 0 for padding."""
+        """`input_ids` (N, T) new tokens, `attention_mask` (N, S) over cached and new ones, 1 for real tokens and 0 for padding.
+
+        `senses` (N, T, K, D) are weighed in the place of C of these tokens; the contextualisation is the same.
+        """
         for unknown in ("inputs_embeds", "output_attentions", "output_hidden_states"):
             if kwargs.get(unknown) is not None and kwargs[unknown] is not False:
                 raise ValueError(f"A Backpack does not take '{unknown}'; `alpha` and `senses` give its inner quantities.")
@@ -376,7 +380,7 @@ class BackpackModel(BackpackPreTrainedModel):
         if past_key_values is not None:
             self._make_room(past_key_values)
         q_NKTC, k_NKSC, seen_NTS = self._contextualise(input_ids, attention_mask, position_ids, past_key_values)
-        senses_NSKD = self.senses(input_ids)
+        senses_NSKD = self.senses(input_ids) if senses is None else senses
         if past_key_values is not None:  # (N, 1, S, K D): a cache grows along the second dimension from the end
             k_NKSC, flat = past_key_values.update(k_NKSC, senses_NSKD.flatten(2).unsqueeze(1), self.config.n_layer)
             senses_NSKD = flat.squeeze(1).unflatten(-1, senses_NSKD.shape[2:])
