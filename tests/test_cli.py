@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -292,6 +293,13 @@ def test_what_each_sense_of_a_word_promotes(models: Path, tmp_path: Path) -> Non
             assert [p["score"] for p in row["promotes"]] == pytest.approx(top.values.tolist(), rel=1e-5)
     shown = run("senses", "Mauritius", "--host", models / "backpack").out
     assert f"token {told['tokens'][0]['id']}" in shown and repr(told["tokens"][0]["senses"][2]["promotes"][0]["token"]) in shown
+
+    drawn = run("senses", "Mauritius", "--host", models / "backpack", "--top", 3, "--picture", tmp_path / "deep" / "senses.svg")
+    assert "senses.svg" in drawn.out and "token" in drawn.out
+    picture = ElementTree.parse(tmp_path / "deep" / "senses.svg").getroot()  # well-formed, whatever the tokens are
+    words = [t.text for t in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert sum(w.startswith("sense ") for w in words) == 4 * len(told["tokens"])
+    assert sum(w.startswith("The token ") for w in words) == len(told["tokens"]) and "Mauritius" in words[0]
 
     token = told["tokens"][0]["id"]  # under a patch that makes sense 2 the row of another token, that one is on top
     with torch.no_grad():

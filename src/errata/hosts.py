@@ -267,7 +267,7 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    import errata.models.backpack  # noqa: F401  (makes the architecture known to AutoModelForCausalLM)
+    from errata.models.backpack import CheckpointError  # (the import makes the architecture known to AutoModelForCausalLM)
 
     path = name
     if name.startswith("lab/"):
@@ -282,6 +282,8 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
         model, read = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or (torch.float32 if place.type == "cpu" else "auto"), output_loading_info=True
         )
+    except CheckpointError as e:
+        raise UnknownName(f"Cannot load '{name}': {e}") from e
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:  # RuntimeError: shapes that the config does not give
         if "model type" in str(e) or "Unrecognized configuration" in str(e):
             raise UnknownArchitecture(f"'{name}' is not a causal language model that transformers can load: {e}") from e
