@@ -650,7 +650,8 @@ def _sense(k: int, row: Sequence[tuple[str, float]], x: float, y: float, most: f
         at = y + 24 + ROW * i
         yield _tag("rect", x=x, y=at, width=width, height=ROW - 3, rx=3, class_="track")
         if score > 0 and most > 0:
-            yield _tag("rect", x=x, y=at, width=max(2.0, width * score / most), height=ROW - 3, rx=3, class_=f"promoted s{k % 8}")
+            longest = width - 48  # the numbers stand beside the bars
+            yield _tag("rect", x=x, y=at, width=max(2.0, longest * score / most), height=ROW - 3, rx=3, class_=f"promoted s{k % 8}")
         yield _label(_visible(token), x + 6, at + 12.5)
         yield _label(number(score), x + width - 6, at + 12.5, text_anchor="end", class_="muted")
 
