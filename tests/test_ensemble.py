@@ -111,11 +111,13 @@ def test_the_small_model_is_edited_as_senses_does_it_and_no_other() -> None:
     assert torch.equal(patch.ops[0].shift.shift, op.shift) and torch.equal(patch.ops[0].shift.ids, op.ids)
 
 
-def test_a_small_model_in_a_folder_is_loaded_when_it_is_first_needed(tmp_path: Path) -> None:
+def test_a_small_model_in_a_folder_is_loaded_when_it_is_first_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host, small, folder = tiny_host("llama"), tiny_host("backpack", seed=7), tmp_path / "small"
     small.model.to(torch.bfloat16).save_pretrained(folder)
     small.tokenizer.save_pretrained(folder)
-    patch = Ensemble(**SMALL | {"small": str(folder)}).edit(host, EXAMPLES, RUN)
+    monkeypatch.chdir(tmp_path)
+    patch = Ensemble(**SMALL | {"small": "small"}).edit(host, EXAMPLES, RUN)
+    monkeypatch.chdir("/")
     assert host.beside.keys() == {str(folder)} and host.beside[str(folder)].model.dtype == torch.float32
     again = artefact.load_patch(artefact.save(patch, tmp_path / "fix.safetensors"))
     fresh = tiny_host("llama")

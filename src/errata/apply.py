@@ -36,10 +36,10 @@ def put_on(host: Host, patch: Patch) -> None:
     fresh = {t.parameter: _edited(host, t.parameter, [*below.get(t.parameter, ()), t]) for t in targets}
     shifts = [op for p in (*(worn.patch for worn in host.worn), patch) for op in p.ops if isinstance(op, Senses)]
     table = _shifted(_base_table(host), shifts) if any(isinstance(op, Senses) for op in patch.ops) else None
+    spoken = tuple(handle for op in patch.ops if isinstance(op, Ensemble) for handle in _Beside(host, op, patch.id).handles)
     replaced = {}
     for parameter, tensor in fresh.items():
         replaced[parameter], parameter.data = parameter.data, tensor
-    spoken = tuple(handle for op in patch.ops if isinstance(op, Ensemble) for handle in _Beside(host, op, patch.id).handles)
     host.worn.append(Worn(patch=patch, replaced=replaced, table=table and _put_table(host, table), hooks=spoken))
 
 

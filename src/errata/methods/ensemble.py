@@ -15,6 +15,7 @@ File legend: N rows, T tokens, P places that predict a token and see a shifted s
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import final
 
 import torch
@@ -58,7 +59,10 @@ class Ensemble(Method):
         return Senses(**{f.name: getattr(self, f.name) for f in fields(Senses) if hasattr(self, f.name)})
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
-        small = hosts.beside(host, self.small)
+        # a folder is found again from elsewhere
+        folder = self.small not in host.beside and not self.small.startswith("lab/") and Path(self.small).is_dir()
+        name = str(Path(self.small).resolve()) if folder else self.small
+        small = hosts.beside(host, name)
         for e in examples:
             hosts.encode(host, e.prompt, e.target)  # it may be too long for the large model alone
         ranked = sorted(run.hold or text.sampled(host, seed=run.seed), key=digest)  # by content: the order of a file is not random
@@ -69,7 +73,7 @@ class Ensemble(Method):
         costs = upper(host, small, shift, other[:DOCUMENTS], betas, run)
         # where none is inside, the gate scales what is left, or refuses it
         beta = next((b for b, cost in zip(betas, costs, strict=True) if cost <= run.budget.epsilon), betas[-1])
-        op = Op(weight=host.layout.head, small=self.small, parent=small.id, shift=shift, scale=beta)
+        op = Op(weight=host.layout.head, small=name, parent=small.id, shift=shift, scale=beta)
         return Patch(method="ensemble", config=self.config, parent=host.id, examples=tuple(examples), ops=(op,))
 
 
@@ -82,7 +86,7 @@ def upper(host: Host, small: Host, shift: Shift, documents: Sequence[str], betas
     before_N2 = hosts.score(host, rows)
     worse_BN = torch.zeros(len(betas), len(rows), dtype=torch.float64)
     common = min(len(host.tokenizer), len(small.tokenizer))
-    E_VD = small.model.get_submodule(small.layout.head).weight[:common]
+    E_VD = small.model.get_submodule(small.layout.head).weight[:common].to(host.device)
     shifted = set(shift.ids.tolist())
     reached = [i for i, (ids, _) in enumerate(rows) if not shifted.isdisjoint(ids[:-1])]
     groups = list(hosts.by_length([rows[i] for i in reached], hosts.at_once(host)))
