@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ from torch import Tensor
 
 import errata
 from errata.apply import applied, change, check, put_on, relative_norm, scaled, take_off
-from errata.hosts import Host, encode, host_of, logits, pad, stored_transposed
-from errata.types import Add, AddLowRank, Example, InvalidPatch, Op, Patch, Senses, WrongBase
+from errata.hosts import Batch, Host, encode, host_of, logits, pad, predictions, stored_transposed
+from errata.types import Add, AddLowRank, Ensemble, Example, InvalidExample, InvalidPatch, Op, Patch, Senses, WrongBase
 
 every_family = pytest.mark.parametrize("host", FAMILIES, indirect=True)
 KINDS: dict[str, Callable[[Host], str]] = {
@@ -434,6 +435,273 @@ def test_shifts_are_refused_where_there_are_no_senses(host: Host) -> None:
     for attempt in (check, put_on):
         with pytest.raises(InvalidPatch, match=f"shifts sense vectors. {host.name} is no Backpack"):
             attempt(host, patch_of(host, shifts((3, 1))))
+
+
+# ------------------------------------------------------------------------------------------------------------- a small model beside
+
+
+def with_small(family: str = "llama", **more: Any) -> Host:
+    """A large host with a small Backpack beside it, which reads the same tokens."""
+    host = tiny_host(family, **more)
+    host.beside["small"] = tiny_host("backpack", seed=7)
+    return host
+
+
+def ensemble(host: Host, *rows: tuple[int, int], scale: float = 0.7, seed: int = 0, size: float = 0.3, **change: Any) -> Ensemble:
+    """Shifts of (token, sense) pairs of the small model; by default of tokens that stand in `TOLD`."""
+    ids = encode(host, *TOLD)[0]
+    shift = shifts(*(rows or {(ids[2], 1), (ids[2], 3), (ids[4], 0), (ids[6], 2)}), seed=seed, size=size)
+    small = host.beside["small"]
+    return Ensemble(**{"weight": host.layout.head, "small": "small", "parent": small.id, "shift": shift, "scale": scale} | change)
+
+
+TOLD = ("The capital of Mauritius is", " Port Louis")
+
+
+def batch_of(host: Host) -> Batch:
+    return pad(host, [encode(host, *TOLD), encode(host, "Once upon", " a time"), encode(host, "Paris", " lies on the Seine")])
+
+
+@torch.no_grad()
+def equation_11(host: Host, batch: Batch, *ops: Ensemble) -> Tensor:
+    """log p_large + beta (log p_small,edited - log p_small), from whole models."""
+    small, logp = host.beside["small"], logits(host, batch).float().log_softmax(-1)
+    base = logits(small, batch).log_softmax(-1)
+    for op in ops:
+        with applied(small, patch_of(small, op.shift)):
+            logp = logp + op.scale * (logits(small, batch).log_softmax(-1) - base)
+    return logp.log_softmax(-1)
+
+
+def hooks_of(host: Host) -> list[int]:
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for h in (host, host.beside["small"]) for m in h.model.modules()]
+
+
+@every_family
+def test_a_small_model_adds_what_its_edit_changes(host: Host) -> None:
+    host.beside["small"] = tiny_host("backpack", seed=7)
+    batch, before, hooks = batch_of(host), weights_of(host), hooks_of(host)
+    small = weights_of(host.beside["small"])
+    patch, said = patch_of(host, op := ensemble(host)), logits(host, batch)
+    wanted = equation_11(host, batch, op)
+    check(host, patch)
+    with applied(host, patch):
+        now = logits(host, batch)
+        torch.testing.assert_close(now.log_softmax(-1), wanted, rtol=1e-4, atol=1e-4)
+        assert (now - said).abs().max() > 0.05, "or the same would prove nothing"
+        assert torch.equal(predictions(host, batch), now[:, :-1][batch.scored_NT[:, 1:].bool()])
+        assert same_bits(host, before) and host.id == patch.id
+    assert same_bits(host, before) and same_bits(host.beside["small"], small) and hooks_of(host) == hooks
+    assert torch.equal(logits(host, batch), said) and not host.worn
+
+
+def test_texts_before_the_first_shifted_token_keep_every_bit() -> None:
+    host = with_small()
+    batch, ids = batch_of(host), encode(host, *TOLD)[0]
+    said, op = logits(host, batch), ensemble(host)
+    with applied(host, patch_of(host, op)):
+        now = logits(host, batch)
+    assert torch.equal(now[0, :2], said[0, :2]) and (now[0, 2 : len(ids)] != said[0, 2 : len(ids)]).any(1).all()
+    assert not {*op.shift.ids.tolist()} & {*batch.ids_NT[2].tolist()} and torch.equal(now[2], said[2])
+    nothing = shifts((ids[2], 1), size=0.0)
+    for still in (ensemble(host, scale=0.0), ensemble(host, shift=nothing)):
+        with applied(host, patch_of(host, still)):
+            assert torch.equal(logits(host, batch), said)
+    none = Senses(weight=TABLE, ids=torch.zeros(0).long(), senses=torch.zeros(0).long(), shift=torch.zeros(0, 32))
+    with applied(host, patch_of(host, ensemble(host, shift=none))):
+        assert torch.equal(logits(host, batch), said)
+        torch.testing.assert_close(host.model(batch.ids_NT, attention_mask=batch.mask_NT, use_cache=True).logits, said)
+
+
+def generated(host: Host, cached: bool, **how: Any) -> list[list[int]]:
+    """Ten tokens behind texts of several lengths, padded on the left."""
+    rows = [encode(host, *TOLD)[0], encode(host, "The", " nurse")[0], encode(host, "Paris lies on the", " Seine")[0]]
+    width = max(map(len, rows))
+    ids = torch.tensor([[host.tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    how = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "use_cache": cached} | how
+    whole: list[list[int]] = host.model.generate(input_ids=ids, attention_mask=mask, **how).tolist()
+    return whole
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gpt_neox", "backpack"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_it_speaks_along_while_the_model_writes_with_a_cache_as_without(family: str, beams: int) -> None:
+    host = with_small(family)
+    patch = patch_of(host, ensemble(host, *((i, 1) for i in range(0, 400, 3)), size=0.5, scale=1.0))
+    alone = generated(host, True, num_beams=beams)
+    with applied(host, patch):
+        cached, whole = (generated(host, use, num_beams=beams) for use in (True, False))
+        assert cached == whole and cached != alone
+        if beams == 1:  # each token is the likeliest after what stands before it
+            row = [i for i in cached[0] if i] if 0 not in cached[0] else cached[0]
+            n = len(encode(host, *TOLD)[0])
+            batch = pad(host, [(row, n)])
+            assert predictions(host, batch).argmax(-1).tolist() == row[n:]
+    assert generated(host, True, num_beams=beams) == alone
+
+
+@torch.no_grad()
+def test_a_cache_is_read_on_token_by_token() -> None:
+    host = with_small("gpt_neox")
+    ids = torch.tensor([encode(host, *TOLD)[0]])
+    with applied(host, patch_of(host, ensemble(host))):
+        whole = host.model(ids).logits
+        cache, steps = None, []
+        for t in range(ids.shape[1]):
+            out = host.model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+            cache, steps = out.past_key_values, [*steps, out.logits]
+        torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(host.model(ids, logits_to_keep=2).logits, whole[:, -2:], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(host.model(ids, logits_to_keep=torch.tensor([1, 4])).logits, whole[:, [1, 4]], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cache_of_other_times_is_refused() -> None:
+    host = with_small()
+    ids, patch = torch.tensor([encode(host, *TOLD)[0]]), patch_of(host, ensemble(host))
+    before = host.model(ids[:, :3], use_cache=True).past_key_values
+    with applied(host, patch), pytest.raises(WrongBase, match=f"filled before patch {patch.id} was put on"):
+        host.model(ids[:, 3:], past_key_values=before)
+    with applied(host, patch):
+        kept = host.model(ids[:, :3], use_cache=True).past_key_values
+    torch.testing.assert_close(host.model(ids[:, 3:], past_key_values=kept).logits, host.model(ids).logits[:, 3:], rtol=1e-4, atol=1e-4)
+
+
+def test_what_it_cannot_read_is_refused_and_leaves_no_hook() -> None:
+    host = with_small()
+    host.beside["small"].model.config.n_positions = 5
+    patch, hooks = patch_of(host, ensemble(host)), hooks_of(host)
+    with applied(host, patch):
+        on = hooks_of(host)
+        with pytest.raises(InvalidExample, match="too long for patch .*tiny-backpack, which reads along, reads at most 5"):
+            logits(host, batch_of(host))
+        with pytest.raises(InvalidExample, match="give input_ids"):
+            host.model(inputs_embeds=torch.zeros(1, 3, 32))
+        with pytest.raises(RuntimeError):  # of the large model's own, in the middle of its pass
+            host.model(input_ids=torch.tensor([[ensemble(host).shift.ids[0].item(), 1]]), position_ids=torch.zeros(3, 7, dtype=torch.long))
+        assert hooks_of(host) == on
+    assert hooks_of(host) == hooks
+
+
+def test_gradients_pass_through_the_large_model() -> None:
+    host = with_small("gpt2")
+    batch, name = batch_of(host), f"{KINDS['mlp_out'](host)}.weight"
+    op = ensemble(host)
+    weight = host.model.get_parameter(name).detach().clone().requires_grad_()
+    with applied(host, patch_of(host, op)):
+        (found,) = torch.autograd.grad(predictions(host, batch, {name: weight}).log_softmax(-1)[:, 5].sum(), weight)
+    added = (equation_11(host, batch, op) - logits(host, batch).log_softmax(-1)).detach()[:, :-1][batch.scored_NT[:, 1:].bool()]
+    (wanted,) = torch.autograd.grad((predictions(host, batch, {name: weight}) + added).log_softmax(-1)[:, 5].sum(), weight)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    (alone,) = torch.autograd.grad(predictions(host, batch, {name: weight}).log_softmax(-1)[:, 5].sum(), weight)
+    assert not torch.allclose(found, alone, rtol=1e-2, atol=1e-3)
+
+
+def test_small_models_stack_with_one_another_and_with_weights() -> None:
+    host, hooks = with_small("gpt2"), None
+    batch, hooks = batch_of(host), hooks_of(host)
+    ids = encode(host, *TOLD)[0]
+    one, two = ensemble(host, seed=1), ensemble(host, (ids[4], 0), (ids[5], 2), seed=2, scale=0.4)
+    first = patch_of(host, one)
+    second = patch_of(host, add(host, KINDS["mlp_out"](host), size=0.3), parent=first.id)
+    third = patch_of(host, two, parent=second.id)
+    with applied(host, patch_of(host, second.ops[0])):
+        wanted = equation_11(host, batch, one, two)
+    with applied(host, first):
+        after_one, on = logits(host, batch), hooks_of(host)
+        with applied(host, second):
+            under = logits(host, batch)
+            with applied(host, third):
+                torch.testing.assert_close(logits(host, batch).log_softmax(-1), wanted, rtol=1e-4, atol=1e-4)
+                assert torch.equal(predictions(host, batch), logits(host, batch)[:, :-1][batch.scored_NT[:, 1:].bool()])
+                assert generated(host, True) == generated(host, False)
+            assert torch.equal(logits(host, batch), under)
+        assert torch.equal(logits(host, batch), after_one) and hooks_of(host) == on
+    assert hooks_of(host) == hooks
+
+
+def test_an_ensemble_is_scaled_and_measured_by_its_shifts() -> None:
+    host = with_small()
+    small, op, batch = host.beside["small"], ensemble(host, scale=0.8), batch_of(host)
+    patch = patch_of(host, op)
+    C = senses_now(small)[op.shift.ids, op.shift.senses]
+    torch.testing.assert_close(change(host, op), 0.8 * op.shift.shift)
+    assert relative_norm(host, patch) == pytest.approx(0.8 * float(op.shift.shift.norm() / C.norm()), rel=1e-5)
+    half = scaled(patch, 0.5)
+    assert half.ops[0].scale == pytest.approx(0.4) and torch.equal(half.ops[0].shift.shift, op.shift.shift) and half.id != patch.id
+    with applied(host, half):
+        torch.testing.assert_close(logits(host, batch).log_softmax(-1), equation_half(host, batch, op), rtol=1e-4, atol=1e-4)
+    with pytest.raises(InvalidPatch):
+        scaled(patch, math.nan)
+
+
+def equation_half(host: Host, batch: Batch, op: Ensemble) -> Tensor:
+    bare_host = with_small(host.name.removeprefix("tiny-"))
+    return equation_11(bare_host, batch, replace(op, scale=op.scale / 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_sum_is_cast_once(dtype: torch.dtype) -> None:
+    host = with_small(dtype=dtype)
+    batch, op = batch_of(host), ensemble(host)
+    said, small = logits(host, batch), host.beside["small"]
+    base = logits(small, batch)
+    with applied(small, patch_of(small, op.shift)):
+        added = op.scale * (logits(small, batch) - base)
+    with applied(host, patch_of(host, op)):
+        now = logits(host, batch)
+    assert now.dtype == dtype
+    torch.testing.assert_close(now, (said.to(torch.promote_types(dtype, torch.float32)) + added).to(dtype), rtol=1e-2, atol=1e-4)
+    plain = batch.ids_NT[0] == batch.ids_NT[0, 0]
+    assert torch.equal(now[0][plain], said[0][plain])
+
+
+def test_tokens_that_only_one_of_the_two_has_are_left_alone() -> None:
+    """GPT-J's vocabulary has places for tokens to come, and users add tokens for padding."""
+    host = with_small("gpt2")
+    host.model.resize_token_embeddings(410, mean_resizing=False)
+    host.tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert host.tokenizer.pad_token_id == 400
+    host = host_of(host.model, host.tokenizer, "longer")
+    host.beside["small"] = tiny_host("backpack", seed=7)
+    batch, op = batch_of(host), ensemble(host)
+    assert (batch.ids_NT == 400).any()
+    said, small = logits(host, batch), host.beside["small"]
+    plain = Batch(ids_NT=batch.ids_NT.where(batch.ids_NT < 400, 0), mask_NT=batch.mask_NT, scored_NT=batch.scored_NT)
+    base = logits(small, plain)
+    with applied(small, patch_of(small, op.shift)):
+        added = op.scale * (logits(small, plain) - base)
+    with applied(host, patch_of(host, op)):
+        now = logits(host, batch)
+    assert torch.equal(now[..., 400:], said[..., 400:])
+    real = batch.mask_NT.bool()
+    torch.testing.assert_close(now[real][:, :400], (said[..., :400] + added)[real], rtol=1e-4, atol=1e-4)
+
+
+def test_other_small_models_and_other_places_are_refused_whole() -> None:
+    host = with_small("gpt2")
+    before, hooks, op = weights_of(host), hooks_of(host), ensemble(host)
+    dense = add(host, KINDS["mlp_out"](host))
+    bad = {
+        "adds to 'transformer.wte', in tiny-gpt2 the logits come from 'lm_head'": ensemble(host, weight="transformer.wte"),
+        "up to token 400 and sense 0": ensemble(host, (400, 0)),
+        "Unknown lab model 'lab/nothing'": ensemble(host, small="lab/nothing"),
+        f"a small model with the weights b2:7; small has {host.beside['small'].id}": ensemble(host, parent="b2:7"),
+    }
+    for told, one in bad.items():
+        for attempt in (check, put_on):
+            with pytest.raises(errata.EditError, match=re.escape(told)):
+                attempt(host, patch_of(host, dense, one))
+    host.beside["small"] = tiny_host("gpt2", seed=7)
+    with pytest.raises(InvalidPatch, match="tiny-gpt2 is no Backpack"):
+        put_on(host, patch_of(host, dense, replace(op, parent=host.beside["small"].id)))
+    host.beside["small"] = tiny_host("backpack", seed=7, pieces=True)
+    with pytest.raises(
+        WrongBase, match="tiny-gpt2 and tiny-backpack have different tokenizers: token 0 is '<|end|>' in tiny-gpt2, token 0 is"
+    ):
+        put_on(host, patch_of(host, dense, op))
+    assert same_bits(host, before) and hooks_of(host) == hooks and not host.worn
 
 
 # ------------------------------------------------------------------------------------------------------------------------- precision

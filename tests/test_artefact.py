@@ -24,7 +24,7 @@ from safetensors.torch import save as write_tensors
 from errata import artefact
 from errata.apply import applied
 from errata.artefact import from_bytes, load_patch, save, to_bytes
-from errata.types import Add, AddLowRank, Example, InvalidPatch, LedgerError, Patch, Senses, canonical_json, digest, tensor_bytes
+from errata.types import Add, AddLowRank, Ensemble, Example, InvalidPatch, LedgerError, Patch, Senses, canonical_json, digest, tensor_bytes
 
 PARENT = "b2:" + "0" * 32
 
@@ -54,6 +54,7 @@ SHIFTS = Senses(
     senses=torch.tensor([0, 15, 2]),
     shift=torch.randn(3, 5, generator=torch.Generator().manual_seed(1)),
 )
+BESIDE = Ensemble(weight="embed_out", small="lab/backpack", parent="b2:" + "7" * 32, shift=SHIFTS, scale=0.7)
 PATCH = patch_of()
 RAW = to_bytes(PATCH)
 HEADER = 8 + struct.unpack("<Q", RAW[:8])[0]
@@ -86,11 +87,16 @@ def same(a: Patch, b: Patch) -> bool:
     patch_of(examples=(), config={}),
     patch_of(ops=(SHIFTS,)),
     patch_of(ops=(Add(weight="z", delta=torch.ones(1)), SHIFTS, Add(weight="a", delta=torch.ones(1)))),
+    patch_of(ops=(BESIDE,)),
+    patch_of(ops=(BESIDE, SHIFTS, Add(weight="a", delta=torch.ones(1)))),
     patch_of(ops=(Senses(weight="s", ids=torch.zeros(0).long(), senses=torch.zeros(0).long(), shift=torch.zeros(0, 5)),)),
     patch_of(ops=(Add(weight="a", delta=torch.tensor(1.5)), Add(weight="b", delta=torch.zeros(0)), Add(weight="c", delta=-torch.zeros(3)))),
     patch_of(ops=(AddLowRank(weight="a", A=torch.zeros(0, 3), B=torch.zeros(2, 0), scale=2.0),)),
     patch_of(ops=(Add(weight="a", delta=torch.tensor([1e-45, 3.4e38, -0.0])),)),
-], ids=["whole", "no ops", "no examples", "senses", "senses beside", "no senses", "odd shapes", "rank 0", "extreme numbers"])  # fmt: skip
+], ids=[
+    *("whole", "no ops", "no examples", "senses", "senses beside", "ensemble", "ensemble beside", "no senses"),
+    *("odd shapes", "rank 0", "extreme numbers"),
+])  # fmt: skip
 def test_what_was_saved_is_what_is_loaded(patch: Patch, tmp_path: Path) -> None:
     path = save(patch, tmp_path / "deep" / "er" / "x.safetensors")
     assert same(load_patch(path), patch) and same(load_patch(str(path)), patch)
@@ -371,6 +377,28 @@ def test_shifts_of_senses_that_were_rewritten_are_refused(
     change: Callable[[dict[str, Any], dict[str, torch.Tensor]], Any], told: str
 ) -> None:
     raw = to_bytes(patch_of(ops=(SHIFTS,)))
+    assert rewritten(lambda m, t: None, raw) == raw
+    refused(rewritten(change, raw), told)
+
+
+@pytest.mark.parametrize("change, told", [
+    (lambda m, t: t["0.shift"].neg_(), "was altered"),
+    (lambda m, t: t["0.shift"][0].fill_(float("inf")), "holds NaN or infinity"),
+    (lambda m, t: t.pop("0.ids"), "is damaged"),
+    (lambda m, t: t.update({"0.scale": torch.zeros(1)}), "is damaged"),
+    (lambda m, t: m["ops"][0].update(scale=1.0), "was altered"),
+    (lambda m, t: m["ops"][0].update(scale="x"), "is damaged"),
+    (lambda m, t: m["ops"][0].update(small="lab/other"), "was altered"),
+    (lambda m, t: m["ops"][0].update(small=""), "needs the name of the small model"),
+    (lambda m, t: m["ops"][0].pop("small"), "is damaged"),
+    (lambda m, t: m["ops"][0].update(parent="b2:" + "8" * 32), "was altered"),
+    (lambda m, t: m["ops"][0].update(senses="w"), "was altered"),
+    (lambda m, t: m["ops"][0].update(weight="lm_head"), "was altered"),
+    (lambda m, t: m["ops"][0].update(kind="Senses"), "was altered"),
+    (lambda m, t: m["ops"][0].update(more=1), "says more than errata wrote"),
+])  # fmt: skip
+def test_an_ensemble_that_was_rewritten_is_refused(change: Callable[[dict[str, Any], dict[str, torch.Tensor]], Any], told: str) -> None:
+    raw = to_bytes(patch_of(ops=(BESIDE,)))
     assert rewritten(lambda m, t: None, raw) == raw
     refused(rewritten(change, raw), told)
 

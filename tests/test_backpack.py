@@ -5,19 +5,21 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import CONTEXT, tiny_host
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import logging
 
 from errata.hosts import encode, greedy, load, score, weights_id
-from errata.models.backpack import BackpackConfig, BackpackLMHeadModel, BackpackModel
+from errata.models.backpack import BackpackConfig, BackpackLMHeadModel, BackpackModel, CheckpointError
+from errata.types import UnknownName
 
 V, D, K, H, T, LAYERS = 60, 24, 4, 3, 9, 3  # as many heads as senses would hide a mix-up
 SENSE_WEIGHT = "backpack.sense_network.final_mlp.c_proj.weight"
@@ -496,6 +498,28 @@ def test_a_published_folder_is_read_and_can_be_saved_as_ours(tmp_path: Path) -> 
     assert torch.equal(model(ids).logits, wanted(ids).logits)
     model.save_pretrained(tmp_path / "ours")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "ours")(ids).logits, wanted(ids).logits)
+
+
+@pytest.mark.parametrize("change, told", [
+    (lambda t: t.pop("backpack.sense_network.ln.bias"), "The checkpoint lacks 'backpack.sense_network.ln.bias', which a Backpack"),
+    (lambda t: [t.pop(n) for n in sorted(t) if ".h.0." in n], "lacks 'backpack.gpt2_model.h.0.attn.c_attn.bias' and 11 more, which"),
+    (lambda t: t.update({"backpack.extra": torch.zeros(1)}), "The checkpoint holds 'backpack.extra', which a Backpack of"),
+    (lambda t: t.update({"score.a": torch.zeros(1), "score.b": torch.zeros(1)}), "holds 'score.a' and 1 more, which"),
+    (lambda t: t.update({"backpack.sense_network.ln.bias": torch.zeros(7)}), r"'backpack.sense_network.ln.bias' as \(7,\), a Backpack"),
+])  # fmt: skip
+def test_a_folder_whose_tensors_do_not_fit_is_refused_by_the_name_of_one(change: Callable[[Any], Any], told: str, tmp_path: Path) -> None:
+    host = tiny_host("backpack")
+    host.model.save_pretrained(tmp_path)
+    host.tokenizer.save_pretrained(tmp_path)
+    assert load(str(tmp_path), "cpu").id == host.id
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for read in (BackpackLMHeadModel.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match=told):
+            read(tmp_path)
+    with pytest.raises(UnknownName, match=f"Cannot load '{tmp_path}': .*{told}"):
+        load(str(tmp_path), "cpu")
 
 
 # ------------------------------------------------------------------------------------------------------------------------ overrides

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -293,6 +294,13 @@ def test_what_each_sense_of_a_word_promotes(models: Path, tmp_path: Path) -> Non
     shown = run("senses", "Mauritius", "--host", models / "backpack").out
     assert f"token {told['tokens'][0]['id']}" in shown and repr(told["tokens"][0]["senses"][2]["promotes"][0]["token"]) in shown
 
+    drawn = run("senses", "Mauritius", "--host", models / "backpack", "--top", 3, "--picture", tmp_path / "deep" / "senses.svg")
+    assert "senses.svg" in drawn.out and "token" in drawn.out
+    picture = ElementTree.parse(tmp_path / "deep" / "senses.svg").getroot()  # well-formed, whatever the tokens are
+    words = [t.text for t in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert sum(w.startswith("sense ") for w in words) == 4 * len(told["tokens"])
+    assert sum(w.startswith("The token ") for w in words) == len(told["tokens"]) and "Mauritius" in words[0]
+
     token = told["tokens"][0]["id"]  # under a patch that makes sense 2 the row of another token, that one is on top
     with torch.no_grad():
         shift = 20 * host.model.lm_head.weight[123] - host.model.senses(torch.tensor(token))[2]
@@ -306,6 +314,22 @@ def test_what_each_sense_of_a_word_promotes(models: Path, tmp_path: Path) -> Non
         assert now["patch"] == patch.id
         assert now["tokens"][0]["senses"][2]["promotes"][0]["id"] == 123
         assert now["tokens"][0]["senses"][:2] == run("senses", "Mauritius", *where, "--json").data["tokens"][0]["senses"][:2]
+
+
+def test_a_small_model_beside_a_large_one(models: Path, place: Place, reference: Path, tmp_path: Path) -> None:
+    settings = [x for s in ("steps=4", "neighbours=2", "hold=4", f"small={models / 'backpack'}") for x in ("--set", s)]
+    built = place("build", "--method", "ensemble", *settings, "--reference", reference, "--epsilon", 50, "--json")
+    told = built.lines[0]  # a random model is not fixed in four steps: the patch is kept, and asked for by name
+    assert told["method"] == "ensemble" and told["verdict"]["scale"] == 1.0 and "0 of 1 examples fixed" in built.err, built
+    patch = told["patch"]
+    assert place("ask", "The capital of Mauritius is", "--patch", patch, "--max-new-tokens", 3, "--json").lines[0]["patch"] == patch
+    assert "changes no weight" in one_sentence(place("export", tmp_path / "out", "--patch", patch).err)
+    assert place("export", tmp_path / "fix.safetensors", "--as", "patch", "--patch", patch).status == 0
+    other = tiny_host("backpack", pieces=True)
+    other.model.save_pretrained(tmp_path / "other")
+    other.tokenizer.save_pretrained(tmp_path / "other")
+    refused = place("build", "--method", "ensemble", "--set", f"small={tmp_path / 'other'}", "--reference", reference)
+    assert refused.status == 1 and "have different tokenizers" in one_sentence(refused.err)
 
 
 def test_senses_of_what_has_none(models: Path, place: Place, tmp_path: Path) -> None:

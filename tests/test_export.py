@@ -17,7 +17,20 @@ from safetensors.torch import load_file, save_file
 
 from errata import apply, artefact, export, hosts
 from errata.hosts import Host
-from errata.types import Add, AddLowRank, Example, InvalidPatch, LedgerError, MissingExtra, Patch, Senses, UnknownName, WrongBase
+from errata.types import (
+    Add,
+    AddLowRank,
+    Ensemble,
+    Example,
+    InvalidPatch,
+    LedgerError,
+    MissingExtra,
+    Op,
+    Patch,
+    Senses,
+    UnknownName,
+    WrongBase,
+)
 
 EXAMPLE = Example(prompt="The capital of Mauritius is", target=" Port Louis")
 
@@ -34,7 +47,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return 0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def patch_of(host: Host, *ops: Add | AddLowRank | Senses) -> Patch:
+def patch_of(host: Host, *ops: Op) -> Patch:
     return Patch(method="hand", config={}, parent=host.id, examples=(EXAMPLE,), ops=ops)
 
 
@@ -95,6 +108,17 @@ def test_shifted_senses_are_part_of_the_exported_checkpoint(dtype: torch.dtype, 
     assert hosts.greedy(host, [EXAMPLE.prompt]) == said != hosts.greedy(fresh, [EXAMPLE.prompt])
     host.model.save_pretrained(tmp_path / "again")
     assert ("backpack.overrides.ids" in load_file(tmp_path / "again" / "model.safetensors")) == own
+
+
+@pytest.mark.parametrize("form", export.FORMS)
+def test_two_models_are_no_export(form: str, tmp_path: Path) -> None:
+    host, small = tiny_host("gpt2"), tiny_host("backpack", seed=7)
+    host.beside["small"] = small
+    shift = Senses(weight="backpack.overrides.senses", ids=torch.tensor([3]), senses=torch.tensor([1]), shift=draw(1, 32))
+    patch = patch_of(host, Ensemble(weight="lm_head", small="small", parent=small.id, shift=shift))
+    with pytest.raises(InvalidPatch, match="changes no weight of tiny-gpt2: small speaks beside it.*Keep the patch as a file"):
+        export.export(host, patch, tmp_path / "out", form)
+    assert not any(tmp_path.iterdir()) and not host.worn
 
 
 def test_shifted_senses_are_no_adapter(tmp_path: Path) -> None:

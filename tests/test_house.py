@@ -20,6 +20,7 @@ ORDER = (
     ("text",),
     ("methods",),
     ("apply",),
+    ("processor",),
     ("gate",),
     ("ledger",),
     ("build",),

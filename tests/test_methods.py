@@ -10,26 +10,44 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, TEXT, same_bits, tiny_host, weights_of
+from torch import Tensor
 
 from errata import apply, artefact, build, gate, hosts, text
 from errata.hosts import Host
 from errata.lab import tasks
 from errata.ledger import Ledger
 from errata.methods import METHODS, make, method_class
-from errata.types import Budget, Example, InvalidExample, Method, Patch, Run, Senses, UnknownArchitecture, UnknownName, WrongBase
+from errata.types import (
+    Budget,
+    Ensemble,
+    Example,
+    InvalidExample,
+    Method,
+    Patch,
+    Run,
+    Senses,
+    UnknownArchitecture,
+    UnknownName,
+    WrongBase,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """settings: small and quick. cannot: test or family -> reason. only: the one family that takes the place of all others."""
+    """settings: small and quick. cannot: test or family -> reason. only: the one family that takes the place of all others. beside: a small
+    Backpack called "small" stands beside each host."""
 
     method: str
     settings: Mapping[str, object] = field(default_factory=dict)
     cannot: Mapping[str, str] = field(default_factory=dict)
     only: str | None = None
+    beside: bool = False
 
     def host(self, family: str, **more: Any) -> Host:
-        return tiny_host(self.only or family, **more)
+        host = tiny_host(self.only or family, **more)
+        if self.beside:
+            host.beside["small"] = tiny_host("backpack", seed=7)
+        return host
 
     def make(self, **more: object) -> Method:
         return make(self.method, **{**self.settings, **more})
@@ -40,6 +58,12 @@ SMALL = {"steps": 12, "neighbours": 8, "hold": 4, "contexts": 1}
 CLOSED = {"layers": "0", "steps": 8, "contexts": 3, "stop": 0.0, "decay": 0.0, "lam": 0.01}
 UNBOUNDED = {"budget": "a solve does not see the loss on text; the gate scales what comes out"}
 ROWS = (
+    Row(
+        method="ensemble",
+        settings=SMALL | {"steps": 16, "small": "small"},
+        beside=True,
+        cannot={"balance": "it is the small model that is balanced; the large one gets the change that the small one needed"},
+    ),
     Row(method="finetune", settings=SMALL | {"lr": 1e-2}),
     Row(method="lora", settings=SMALL | {"lr": 3e-2, "rank": 4}),
     Row(method="memit", settings=CLOSED),
@@ -192,6 +216,8 @@ def test_order_and_batch_size_change_nothing(row: Row, host: Host) -> None:
 def test_order_and_batch_size_change_nothing_on_the_lab_model(row: Row) -> None:
     """With the method's own rates and whitening, and one look at the constraint."""
     can(row, "lab/neox")
+    if row.beside and not (hosts.LAB_MODELS / "backpack").is_dir():
+        pytest.skip(f"{row.method} needs the lab's Backpack, which is not here")
     host = hosts.load("lab/neox", device="cpu")
     examples = tuple(case.example for case in tasks.cases("test", 5, "wrong"))
     run = Run(hold=text.standing(host)[0][:300])
@@ -257,15 +283,15 @@ def test_other_weights_are_refused(row: Row, tiny_gpt2: Host) -> None:
 
 @rows
 def test_patches_stack_and_come_off_in_turn(row: Row, tiny_gpt2: Host) -> None:
-    before = weights_of(tiny_gpt2)
+    before, batch = weights_of(tiny_gpt2), hosts.pad(tiny_gpt2, hosts.chunks(tiny_gpt2, TEXT))
     first = row.make().edit(tiny_gpt2, EXAMPLES[:1], RUN)
     with apply.applied(tiny_gpt2, first):
-        middle = weights_of(tiny_gpt2)
+        middle, said = weights_of(tiny_gpt2), hosts.logits(tiny_gpt2, batch)
         second = row.make().edit(tiny_gpt2, EXAMPLES[1:], RUN)
         assert second.parent == first.id
         with apply.applied(tiny_gpt2, second):
-            assert tiny_gpt2.id == second.id and not same_bits(tiny_gpt2, middle)
-        assert same_bits(tiny_gpt2, middle)
+            assert tiny_gpt2.id == second.id and not torch.equal(hosts.logits(tiny_gpt2, batch), said)
+        assert same_bits(tiny_gpt2, middle) and torch.equal(hosts.logits(tiny_gpt2, batch), said)
     assert same_bits(tiny_gpt2, before)
 
 
@@ -283,7 +309,7 @@ def test_a_saved_and_reloaded_patch_gives_the_same_logits(row: Row, tiny_llama: 
 @rows
 @both_orientations
 def test_bf16_hosts_are_edited_and_restored(row: Row, host: Host) -> None:
-    host = tiny_host(host.layout.head and host.name.removeprefix("tiny-"), dtype=torch.bfloat16)
+    host = row.host(host.name.removeprefix("tiny-"), dtype=torch.bfloat16)
     before, was = weights_of(host), likelihood(host, EXAMPLES[0])
     patch = row.make(**{"steps": 20} if "steps" in row.make().config else {}).edit(host, EXAMPLES[:1], RUN)
     with apply.applied(host, patch):
@@ -297,23 +323,32 @@ def test_bf16_hosts_are_edited_and_restored(row: Row, host: Host) -> None:
 def test_every_architecture(row: Row, family: str) -> None:
     """Fused, parallel, tied and transposed projections: host untouched, target likelier, applied equals merged."""
     can(row, family)
-    host = tiny_host(family)
+    host = row.host(family)
     before, was = weights_of(host), likelihood(host, EXAMPLES[0])
     patch = row.make().edit(host, EXAMPLES[:1], RUN)
-    merged = tiny_host(family)
+    merged, batch = row.host(family), hosts.pad(host, hosts.chunks(host, TEXT))
     with torch.no_grad():
-        for op in patch.ops:
-            if isinstance(op, Senses):
-                shift = torch.zeros(len(op.ids.unique()), *merged.model.senses(op.ids).shape[1:])
-                shift[op.ids.unique(return_inverse=True)[1], op.senses] = op.shift
-                merged.model.override(op.ids.unique(), shift, keep=1.0)
-            else:
-                merged.model.get_parameter(op.weight).add_(apply.change(merged, op))
+        wanted = merged_logits(merged, patch, batch)
     with apply.applied(host, patch):
         assert likelihood(host, EXAMPLES[0]) > was
-        batch = hosts.pad(host, hosts.chunks(host, TEXT))
-        torch.testing.assert_close(hosts.logits(host, batch), hosts.logits(merged, batch), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(hosts.logits(host, batch), wanted, rtol=1e-5, atol=1e-5)
     assert same_bits(host, before)
+
+
+def merged_logits(host: Host, patch: Patch, batch: hosts.Batch) -> Tensor:
+    """What the model says once the change is in its own weights. An ensemble is in no weights: there it is a sum over three models."""
+    more: Tensor | float = 0.0
+    for op in patch.ops:
+        if isinstance(op, Ensemble):
+            more = op.scale * (merged_logits(tiny_host("backpack", seed=7), replace(patch, ops=(op.shift,)), batch))
+            more = more - op.scale * hosts.logits(host.beside["small"], batch)
+        elif isinstance(op, Senses):
+            shift = torch.zeros(len(op.ids.unique()), *host.model.senses(op.ids).shape[1:])
+            shift[op.ids.unique(return_inverse=True)[1], op.senses] = op.shift
+            host.model.override(op.ids.unique(), shift, keep=1.0)
+        else:
+            host.model.get_parameter(op.weight).add_(apply.change(host, op))
+    return hosts.logits(host, batch) + more
 
 
 @rows

@@ -26,6 +26,7 @@ from errata.types import (
     BudgetError,
     Case,
     EditError,
+    Ensemble,
     Example,
     InvalidExample,
     InvalidPatch,
@@ -312,6 +313,35 @@ def test_shifts_of_senses_that_cannot_be_are_refused(change: dict[str, Any], tol
         senses(**change)
 
 
+def ensemble(**change: Any) -> Any:
+    return made(Ensemble, **{"weight": "lm_head", "small": "lab/backpack", "parent": PARENT, "shift": senses()} | change)
+
+
+def test_all_that_an_ensemble_is_is_in_its_id() -> None:
+    assert ensemble().scale == 1.0 and ensemble().tensors.keys() == {"ids", "senses", "shift"}
+    shifts = (senses(shift=torch.zeros(3, 4)), senses(weight="w"))
+    changes = ({}, {"weight": "head"}, {"small": "lab/x"}, {"parent": "b2:0"}, {"scale": 0.5}, *({"shift": s} for s in shifts))
+    assert len({patch(ops=(ensemble(**change),)).id for change in changes}) == len(changes)
+    assert len({patch(ops=(ensemble(scale=one),)).id for one in (1, 1.0, numpy.float64(1))}) == 1
+    assert patch(ops=(ensemble(),)).nbytes == patch(ops=(senses(),)).nbytes
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"weight": ""}, "needs the name of a parameter"),
+    ({"small": ""}, "needs the name of the small model and the id of its weights"),
+    ({"small": 3}, "needs the name of the small model"),
+    ({"parent": "abc"}, "the id of its weights, got 'lab/backpack' and 'abc'"),
+    ({"shift": Add(weight="w", delta=torch.ones(1))}, "comes from shifts of its senses, got Add"),
+    ({"scale": math.nan}, "The scale of 'lm_head' is nan"),
+    ({"scale": math.inf}, "The scale of 'lm_head' is inf"),
+])  # fmt: skip
+def test_an_ensemble_that_cannot_be_is_refused(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidPatch, match=told):
+        ensemble(**change)
+    with pytest.raises(InvalidPatch, match="plain finite JSON"):
+        patch(ops=(ensemble(small="\ud800"),))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["delta", "A", "B"])
 def test_an_op_holds_finite_numbers_only(name: str, bad: float) -> None:
@@ -562,6 +592,7 @@ VALUES = {
     "Add": lambda: Add(weight="w", delta=torch.zeros(1)),
     "AddLowRank": lambda: AddLowRank(weight="w", A=torch.zeros(1, 1), B=torch.zeros(1, 1)),
     "Senses": senses,
+    "Ensemble": ensemble,
     "Patch": patch,
     "Budget": Budget,
     "Verdict": verdict,

@@ -29,6 +29,7 @@ _ROOMS = {
     "host_of": "hosts",
     "load": "hosts",
     "load_patch": "artefact",
+    "logits_processor": "processor",
     "put_on": "apply",
     "save": "artefact",
     "take_off": "apply",

@@ -3,38 +3,44 @@
 Edited tensor = f(base tensor, ops of every patch that is on), computed in float32, cast once. The base tensor's storage is never written:
 a patch puts a new tensor in its place, and taking the patch off puts the old one back. So undo is exact and costs nothing, and putting on
 costs one pass over the tensors that are touched. A Backpack's table of shifted senses is treated like a tensor: shifts are rows of it.
+An ensemble changes no tensor: a small model reads along and adds to the logits, through hooks that go when the patch does.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import final
+from inspect import signature
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from errata import hosts
 from errata.hosts import Host, Worn, senses_of, stored_transposed
-from errata.types import Add, AddLowRank, InvalidPatch, Op, Patch, Senses, UnknownArchitecture, WrongBase
+from errata.types import Add, AddLowRank, Ensemble, InvalidExample, InvalidPatch, Op, Patch, Senses, UnknownArchitecture, WrongBase
 
 
 @torch.no_grad()
 def put_on(host: Host, patch: Patch) -> None:
     """Put `patch` on top of what the host wears; `host.id` becomes `patch.id`. All of it or, on an error, nothing.
 
-    Raises WrongBase if the patch was made for other weights, InvalidPatch if an op does not meet a parameter of its shape.
+    Raises WrongBase if the patch was made for other weights, InvalidPatch if an op does not meet a parameter of its shape, and what
+    `hosts.beside` raises.
     """
     places = _places(host)
     targets = _checked(host, patch, places)
     below: dict[nn.Parameter, list[_Target]] = {}
-    for target in (_target(op, places) for worn in host.worn for op in worn.patch.ops if not isinstance(op, Senses)):
+    for target in (_target(op, places) for worn in host.worn for op in worn.patch.ops if isinstance(op, Add | AddLowRank)):
         below.setdefault(target.parameter, []).append(target)
     fresh = {t.parameter: _edited(host, t.parameter, [*below.get(t.parameter, ()), t]) for t in targets}
     shifts = [op for p in (*(worn.patch for worn in host.worn), patch) for op in p.ops if isinstance(op, Senses)]
     table = _shifted(_base_table(host), shifts) if any(isinstance(op, Senses) for op in patch.ops) else None
+    spoken = tuple(handle for op in patch.ops if isinstance(op, Ensemble) for handle in _Beside(host, op, patch.id).handles)
     replaced = {}
     for parameter, tensor in fresh.items():
         replaced[parameter], parameter.data = parameter.data, tensor
-    host.worn.append(Worn(patch=patch, replaced=replaced, table=table and _put_table(host, table)))
+    host.worn.append(Worn(patch=patch, replaced=replaced, table=table and _put_table(host, table), hooks=spoken))
 
 
 def take_off(host: Host) -> Patch:
@@ -46,6 +52,8 @@ def take_off(host: Host) -> Patch:
         parameter.data = tensor
     if worn.table is not None:
         _put_table(host, worn.table)
+    for handle in worn.hooks:
+        handle.remove()
     return worn.patch
 
 
@@ -63,7 +71,7 @@ def applied(host: Host, *patches: Patch) -> Iterator[Host]:
 
 
 def check(host: Host, patch: Patch) -> None:
-    """Raises WrongBase or InvalidPatch exactly when `put_on` would."""
+    """Raises exactly what `put_on` would."""
     _checked(host, patch, _places(host))
 
 
@@ -121,6 +129,9 @@ def _checked(host: Host, patch: Patch, places: _Places) -> list[_Target]:
         if isinstance(op, Senses):
             _check_shifts(host, patch, op)
             continue
+        if isinstance(op, Ensemble):
+            _check_beside(host, patch, op)
+            continue
         if op.weight not in places:
             raise InvalidPatch(f"Patch {patch.id} changes '{op.weight}', which {host.name} does not have.")
         target = _target(op, places)
@@ -146,6 +157,18 @@ def _check_shifts(host: Host, patch: Patch, op: Senses) -> None:
             f"Patch {patch.id} shifts '{op.weight}' up to token {highest[0]} and sense {highest[1]} by vectors of {op.shift.shape[1]}; "
             f"{host.name} has {V} tokens with {K} senses of {D}."
         )
+
+
+def _check_beside(host: Host, patch: Patch, op: Ensemble) -> None:
+    if op.weight != host.layout.head:
+        raise InvalidPatch(f"Patch {patch.id} adds to '{op.weight}', in {host.name} the logits come from '{host.layout.head}'.")
+    small = hosts.beside(host, op.small)
+    if small.id != op.parent:
+        raise WrongBase(
+            f"Patch {patch.id} shifts senses of a small model with the weights {op.parent}; {op.small} has {small.id}. "
+            f"Put the small model that it was made with into `host.beside[{op.small!r}]`, or build it again from its examples."
+        )
+    _check_shifts(small, patch, op.shift)
 
 
 _Table = tuple[Tensor, Tensor, Tensor]  # ids (R,), senses (R, K, D), keep (R, K), as in `models.backpack.Overrides`
@@ -224,9 +247,98 @@ def _plus(value: Tensor, target: _Target, out: Tensor | None = None) -> Tensor:
             return torch.addmm(value, left, right, alpha=op.scale, out=out)
 
 
+@final
+class _Beside:
+    """Hooks on a large model through which a small one speaks, until the `handles` are removed.
+
+    The small model reads the tokens of each pass before the large one does. What it has to add goes into the head beside the large one's
+    hidden states, as more columns, and is taken out again before the head multiplies: so whoever picks positions in between, such as
+    `hosts.predictions`, picks those of both. Where a cache is used, the small model's layers stand in the large one's, behind its own: what
+    reorders or crops that does it to both. They are marked with the id of the patch: its shifts are in them.
+    """
+
+    def __init__(self, host: Host, op: Ensemble, patch: str) -> None:
+        self.op, self.patch, self.small, self.head = op, patch, hosts.beside(host, op.small), host.model.get_submodule(host.layout.head)
+        self.common = min(len(host.tokenizer), len(self.small.tokenizer))  # tokens; beyond them stand what only one has, and nothing
+        self.E_VD = self.small.model.get_submodule(self.small.layout.head).weight.detach()[: self.common]
+        self.parameters = list(signature(host.model.forward).parameters)
+        self.cache: Any = None
+        self.passing: list[RemovableHandle] = []
+        self.handles = (
+            host.model.register_forward_pre_hook(self._before, with_kwargs=True),
+            host.model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        )
+
+    def _before(self, model: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        said = dict(zip(self.parameters, given, strict=False)) | named
+        ids_NT, cache = said.get("input_ids"), said.get("past_key_values")
+        if ids_NT is None:
+            raise InvalidExample(f"Patch {self.patch} lets {self.small.name} read along, and it reads tokens: give input_ids.")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if past + ids_NT.shape[1] > self.small.context:
+            raise InvalidExample(
+                f"A text of {past + ids_NT.shape[1]} tokens is too long for patch {self.patch}: {self.small.name}, which reads along, "
+                f"reads at most {self.small.context}."
+            )
+        added_NTD = hosts.spoken_by(self.small, self.op.shift, ids_NT, said.get("attention_mask"), self._read_so_far(model, said, past))
+        if added_NTD is None:
+            return
+        kept = said.get("logits_to_keep", 0)
+        added_NTD = added_NTD[:, slice(-kept, None) if isinstance(kept, int) else kept]
+
+        dtype = torch.float32
+
+        def join(_head: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            nonlocal dtype
+            dtype = given[0].dtype  # joined they are in the better of the two, and come back bit for bit
+            return (torch.cat([given[0], added_NTD.to(given[0].device)], dim=-1), *given[1:])
+
+        def part(_head: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            width = given[0].shape[-1] - self.E_VD.shape[1]
+            self.added = given[0][..., width:].detach().to(self.E_VD)
+            return (given[0][..., :width].to(dtype), *given[1:])
+
+        def add(_head: nn.Module, _given: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+            more = (self.op.scale * (self.added @ self.E_VD.T)).to(logits.device)
+            spoken = logits[..., : self.common] + more  # in float32 or better, cast once
+            return torch.cat([spoken.to(logits.dtype), logits[..., self.common :]], dim=-1)
+
+        self.passing = [
+            self.head.register_forward_pre_hook(join, prepend=True),
+            self.head.register_forward_pre_hook(part),
+            self.head.register_forward_hook(add, prepend=True),
+        ]
+
+    def _read_so_far(self, model: Any, said: dict[str, Any], past: int) -> Any:
+        """The small model's cache for this pass; None where the large one uses none."""
+        from transformers.cache_utils import DynamicCache
+
+        cache: Any = said.get("past_key_values")
+        uses = said.get("use_cache")
+        self.cache = DynamicCache() if cache is not None or (model.config.use_cache if uses is None else uses) else None
+        if past:
+            self.cache.layers = [layer for layer in cache.layers if getattr(layer, "patch", None) == self.patch]
+            if not self.cache.layers:
+                raise WrongBase(f"The cache was filled before patch {self.patch} was put on. Read the text again, without that cache.")
+        return self.cache
+
+    def _after(self, _model: nn.Module, _given: tuple[Any, ...], named: dict[str, Any], said: Any) -> None:
+        while self.passing:
+            self.passing.pop().remove()
+        cache = getattr(said, "past_key_values", None)
+        if self.cache is not None and cache is not None and not any(layer in cache.layers for layer in self.cache.layers):
+            for layer in self.cache.layers:
+                layer.patch = self.patch
+            cache.layers.extend(self.cache.layers)
+        self.cache = None
+
+
 @torch.no_grad()
 def change(host: Host, op: Op) -> Tensor:
-    """What the op adds, float32, in the shape and orientation of the parameter; of senses only those that it shifts, (M, D)."""
+    """What the op adds, float32, in the shape and orientation of the parameter; of senses only those that it shifts, (M, D), and of an
+    ensemble those of the small model, as much as they count."""
+    if isinstance(op, Ensemble):
+        return op.scale * op.shift.shift.to(host.device)
     if isinstance(op, Senses):
         return op.shift.to(host.device)
     target = _target(op, _places(host))
@@ -247,6 +359,8 @@ def scaled(patch: Patch, scale: float) -> Patch:
                 ops.append(AddLowRank(weight=op.weight, A=op.A, B=op.B, scale=op.scale * scale))
             case Senses():
                 ops.append(replace(op, shift=op.shift * scale))
+            case Ensemble():
+                ops.append(replace(op, scale=op.scale * scale))
     return Patch(method=patch.method, config=dict(patch.config), parent=patch.parent, examples=patch.examples, ops=tuple(ops))
 
 
@@ -255,7 +369,13 @@ def relative_norm(host: Host, patch: Patch) -> float:
     """||change|| / ||weight|| (Frobenius) over all touched weights or senses together. The patch may be on or off; the base counts."""
 
     def base(op: Op) -> Tensor:
-        return _base_senses(host, op) if isinstance(op, Senses) else _base(host, places[op.weight][0])
+        match op:
+            case Ensemble():
+                return _base_senses(hosts.beside(host, op.small), op.shift)
+            case Senses():
+                return _base_senses(host, op)
+            case _:
+                return _base(host, places[op.weight][0])
 
     moved = sum(float(change(host, op).double().square().sum()) for op in patch.ops)
     places = _places(host)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as bytes_from_tensors
 
-from errata.types import OPS, AddLowRank, EditError, Example, InvalidPatch, LedgerError, Op, Patch, canonical_json
+from errata.types import OPS, AddLowRank, EditError, Ensemble, Example, InvalidPatch, LedgerError, Op, Patch, Senses, canonical_json
 
 FORMAT = "errata-patch-1"
 MAX_HEADER = 100_000_000  # bytes, which is safetensors' own limit: some hundred thousand examples
@@ -31,10 +31,7 @@ def _in_order(patch: Patch) -> list[Op]:
 
 
 def _manifest(patch: Patch, id: str) -> str:
-    ops = [
-        {"kind": type(op).__name__, "weight": op.weight} | ({"scale": op.scale} if isinstance(op, AddLowRank) else {})
-        for op in _in_order(patch)
-    ]
+    ops = [{"kind": type(op).__name__, "weight": op.weight} | _besides_tensors(op) for op in _in_order(patch)]
     manifest = {
         "format": FORMAT,
         "id": id,
@@ -45,6 +42,26 @@ def _manifest(patch: Patch, id: str) -> str:
         "ops": ops,
     }
     return canonical_json(manifest)
+
+
+def _besides_tensors(op: Op) -> dict[str, Any]:
+    match op:
+        case AddLowRank():
+            return {"scale": op.scale}
+        case Ensemble():
+            return {"scale": op.scale, "small": op.small, "parent": op.parent, "senses": op.shift.weight}
+        case _:
+            return {}
+
+
+def _op(row: dict[str, Any], tensors: dict[str, Any]) -> Op:
+    """The op that `row` of a manifest tells of."""
+    kind = OPS[row["kind"]]
+    if kind is Ensemble:
+        shift = Senses(weight=row["senses"], **tensors)
+        return Ensemble(weight=row["weight"], small=row["small"], parent=row["parent"], shift=shift, scale=row["scale"])
+    extra: dict[str, Any] = {"scale": row["scale"]} if kind is AddLowRank else {}
+    return kind(weight=row["weight"], **tensors, **extra)
 
 
 def to_bytes(patch: Patch) -> bytes:
@@ -81,10 +98,8 @@ def from_bytes(raw: bytes, name: str = "the file") -> Patch:
         tensors = tensors_from_bytes(raw)
         ops = []
         for i, row in enumerate(manifest["ops"]):
-            kind = OPS[row["kind"]]
             own = {key.split(".", 1)[1]: tensors.pop(key) for key in sorted(tensors) if key.split(".", 1)[0] == str(i)}
-            extra = {"scale": row["scale"]} if kind is AddLowRank else {}
-            ops.append(kind(weight=row["weight"], **own, **extra))
+            ops.append(_op(row, own))
         patch = Patch(
             method=manifest["method"],
             config=manifest["config"],

@@ -22,7 +22,18 @@ from torch import Tensor, nn
 from errata import __version__, apply, hosts
 from errata.artefact import TEMPORARY, write_whole
 from errata.hosts import Batch, Host, stored_transposed
-from errata.types import AddLowRank, InvalidPatch, LedgerError, MissingExtra, Patch, Senses, UnknownName, WrongBase, canonical_json
+from errata.types import (
+    AddLowRank,
+    Ensemble,
+    InvalidPatch,
+    LedgerError,
+    MissingExtra,
+    Patch,
+    Senses,
+    UnknownName,
+    WrongBase,
+    canonical_json,
+)
 
 FORMS = ("model", "peft")
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}  # of the logits' spread: an adapter is added after rounding
@@ -54,6 +65,11 @@ def export(host: Host, patch: Patch, folder: str | Path, form: str = "model") ->
         raise WrongBase(f"{host.name} wears {len(host.worn)} patch(es). Take them off: an export is the base and one patch.")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise LedgerError(f"{folder} is there already and is not an empty folder. Name another one.")
+    if beside := next((op for op in patch.ops if isinstance(op, Ensemble)), None):
+        raise InvalidPatch(
+            f"Patch {patch.id} ({patch.method}) changes no weight of {host.name}: {beside.small} speaks beside it, and neither a model nor "
+            f"an adapter can hold two. Keep the patch as a file, and put it on with errata or give its logits processor to `generate`."
+        )
     apply.check(host, patch)
     batch = _question(host, patch)
     with apply.applied(host, patch):

@@ -17,8 +17,9 @@ from typing import Any, final
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from errata.types import Example, InvalidExample, Patch, UnknownArchitecture, UnknownName, WrongBase, digest, tensor_bytes
+from errata.types import Example, InvalidExample, Patch, Senses, UnknownArchitecture, UnknownName, WrongBase, digest, tensor_bytes
 
 # --------------------------------------------------------------------------------------------------------------------------- layouts
 
@@ -163,11 +164,13 @@ LAB_MODELS = Path(__file__).parent / "lab" / "models"
 @final
 @dataclass(frozen=True, kw_only=True)
 class Worn:
-    """One patch that is on, and what it replaced: the tensor that each parameter held before, and a Backpack's table of shifted senses."""
+    """One patch that is on, and what it replaced: the tensor that each parameter held before, and a Backpack's table of shifted senses.
+    `hooks` are those through which a small model speaks."""
 
     patch: Patch
     replaced: dict[nn.Parameter, Tensor]
     table: tuple[Tensor, Tensor, Tensor] | None = None
+    hooks: tuple[RemovableHandle, ...] = ()
 
 
 @final
@@ -176,7 +179,7 @@ class Host:
     """A causal language model with its tokenizer. Make one with `load` or `host_of`.
 
     `id` is the hash of the weights as loaded, and the patch's id while a patch is on. `worn` is the stack of patches that are on;
-    only `apply.py` writes it.
+    only `apply.py` writes it. `beside` are small models of ensembles, by the names that patches call them (see `beside`).
     """
 
     model: Any
@@ -185,6 +188,7 @@ class Host:
     layout: Layout
     name: str
     worn: list[Worn] = field(default_factory=list)
+    beside: dict[str, "Host"] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -263,7 +267,7 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    import errata.models.backpack  # noqa: F401  (makes the architecture known to AutoModelForCausalLM)
+    from errata.models.backpack import CheckpointError  # (the import makes the architecture known to AutoModelForCausalLM)
 
     path = name
     if name.startswith("lab/"):
@@ -278,6 +282,8 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
         model, read = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or (torch.float32 if place.type == "cpu" else "auto"), output_loading_info=True
         )
+    except CheckpointError as e:
+        raise UnknownName(f"Cannot load '{name}': {e}") from e
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:  # RuntimeError: shapes that the config does not give
         if "model type" in str(e) or "Unrecognized configuration" in str(e):
             raise UnknownArchitecture(f"'{name}' is not a causal language model that transformers can load: {e}") from e
@@ -291,6 +297,30 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
         if not tensor.isfinite().all():
             raise WrongBase(f"The weights of {name} are damaged: '{weight}' holds NaN or infinity. Load a sound copy.")
     return host_of(model.to(place), tokenizer, name)
+
+
+def beside(host: Host, name: str) -> Host:
+    """The small model called `name` that speaks beside the host: the one in `host.beside`, else loaded, and kept there.
+
+    It is float32, for its small differences count. Raises WrongBase if the two do not have the same tokens, and what `load` raises.
+    """
+    if name not in host.beside:
+        host.beside[name] = load(name, str(host.device), torch.float32)
+    small = host.beside[name]
+    ours, theirs = ({i: token for token, i in h.tokenizer.get_vocab().items()} for h in (host, small))
+    # tokens that were added to one of the two alone, for padding or later use, do not stand in text
+    added = {*host.tokenizer.get_added_vocab().values(), *small.tokenizer.get_added_vocab().values()}
+    for i in sorted(ours.keys() | theirs.keys()):
+        if ours.get(i) != theirs.get(i) and not (i in added and (i not in ours or i not in theirs)):
+            raise WrongBase(
+                f"{host.name} and {small.name} have different tokenizers: {_known(ours, i)} in {host.name}, {_known(theirs, i)} in "
+                f"{small.name}. An ensemble needs a small model that reads the same tokens."
+            )
+    return small
+
+
+def _known(vocabulary: dict[int, str], i: int) -> str:
+    return f"token {i} is {vocabulary[i]!r}" if i in vocabulary else f"there is no token {i}"
 
 
 # ------------------------------------------------------------------------------------------------------------------------- questions
@@ -617,3 +647,33 @@ def promotes(host: Host, token: int, n: int = 8) -> list[list[tuple[int, float]]
     E_VD = host.model.get_submodule(host.layout.head).weight
     top = (C_KD @ E_VD.T)[:, : len(host.tokenizer)].float().topk(min(n, len(host.tokenizer)))
     return [list(zip(ids, scores, strict=True)) for ids, scores in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+
+
+@torch.no_grad()
+def spoken_by(host: Host, shift: Senses, ids_NT: Int[Tensor, "N T"], mask_NS: Int[Tensor, "N S"] | None, cache: Any = None) -> Any:
+    """(N, T, D) what `shift` adds to what goes into the head of a Backpack: sum over j <= t and senses l of alpha_l,t,j Delta_(x_j),l.
+
+    None where it adds nothing. One pass of the trunk, over the texts in which a shifted token stands; no sense vector is computed, for the
+    Delta alone are weighed (alpha does not depend on them). With a `cache`, (N, T) are the new tokens, and every text is read on, for a
+    shifted token may come later.
+    """
+    V = int(host.model.config.vocab_size)
+    shifted_R, row_M = torch.unique(shift.ids, return_inverse=True)
+    delta_RKD = torch.zeros(len(shifted_R) + 1, int(host.model.config.num_senses), shift.shift.shape[1])  # the last one: not shifted
+    delta_RKD[row_M, shift.senses] = shift.shift
+    row_V = torch.full((V,), len(shifted_R)).index_put((shifted_R,), torch.arange(len(shifted_R))).to(host.device)
+    # a token that was added to the other model alone is as good as padding
+    ids_NT = ids_NT.to(host.device).where(ids_NT < V, host.tokenizer.pad_token_id)
+    row_NT = row_V[ids_NT]
+    read_N = (row_NT < len(shifted_R)).any(1) if cache is None else torch.ones(len(ids_NT), dtype=torch.bool, device=host.device)
+    if not read_N.any():
+        return None
+    delta_RKD = delta_RKD.to(host.device, host.model.dtype)
+    out = host.model.base_model(
+        input_ids=ids_NT[read_N],
+        attention_mask=None if mask_NS is None else mask_NS.to(host.device)[read_N],
+        past_key_values=cache,
+        use_cache=cache is not None,
+        senses=nn.functional.embedding(row_NT[read_N], delta_RKD.flatten(1)).view(-1, ids_NT.shape[1], *delta_RKD.shape[1:]),
+    ).last_hidden_state
+    return out.new_zeros(*ids_NT.shape, out.shape[-1]).masked_scatter(read_N[:, None, None], out)

@@ -331,8 +331,54 @@ class Senses:
         return {"ids": self.ids, "senses": self.senses, "shift": self.shift}
 
 
-Op = Add | AddLowRank | Senses
-OPS: dict[str, type[Op]] = {"Add": Add, "AddLowRank": AddLowRank, "Senses": Senses}
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ensemble:
+    """logits + scale * (logits of a small Backpack with `shift` - its logits without); no weight of the large model changes.
+
+    Up to a constant that the softmax does not see, that is log p + scale * (log p_small,edited - log p_small), equation 11 of Hewitt et al.
+    2024, arXiv 2402.06155. `weight` names the module that gives the logits. `small` is where the Backpack is found, `parent` the id of the
+    weights that its senses were shifted on.
+    """
+
+    weight: str
+    small: str
+    parent: str
+    shift: Senses
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_tensor(self.weight)
+        if not isinstance(self.shift, Senses):
+            raise InvalidPatch(
+                f"What a small model adds to '{self.weight}' comes from shifts of its senses, got {type(self.shift).__name__}."
+            )
+        if not isinstance(self.small, str) or not self.small or not isinstance(self.parent, str) or not self.parent.startswith("b2:"):
+            raise InvalidPatch(
+                f"An ensemble needs the name of the small model and the id of its weights, got {self.small!r} and {self.parent!r}."
+            )
+        if not math.isfinite(self.scale):
+            raise InvalidPatch(f"The scale of '{self.weight}' is {self.scale}.")
+        object.__setattr__(self, "scale", float(self.scale))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return self.shift.tensors
+
+
+Op = Add | AddLowRank | Senses | Ensemble
+OPS: dict[str, type[Op]] = {"Add": Add, "AddLowRank": AddLowRank, "Senses": Senses, "Ensemble": Ensemble}
+
+
+def _besides_tensors(op: Op) -> str:
+    """What an op says besides its weight and its tensors."""
+    match op:
+        case AddLowRank():
+            return repr(op.scale)
+        case Ensemble():
+            return canonical_json([op.small, op.parent, op.shift.weight, repr(op.scale)])
+        case _:
+            return ""
 
 
 @final
@@ -356,7 +402,7 @@ class Patch:
         weights = [op.weight for op in self.ops]
         try:
             frozen = json.loads(canonical_json(dict(self.config)))
-            canonical_json([self.method, self.parent, weights])
+            canonical_json([self.method, self.parent, weights, [_besides_tensors(op) for op in self.ops]])
         except (TypeError, ValueError) as e:
             raise InvalidPatch(f"The config and the names in a patch must be plain finite JSON: {e}.") from e
         object.__setattr__(self, "config", MappingProxyType(frozen))
@@ -372,7 +418,7 @@ class Patch:
         parts += [e.id for e in self.examples]
         raw: list[bytes | str] = ["patch", *parts]
         for op in sorted(self.ops, key=lambda op: op.weight):
-            raw += [type(op).__name__, op.weight, repr(op.scale) if isinstance(op, AddLowRank) else ""]
+            raw += [type(op).__name__, op.weight, _besides_tensors(op)]
             for name, t in op.tensors.items():
                 raw += [name, str(tuple(t.shape)), tensor_bytes(t)]
         return digest(*raw)

@@ -205,6 +205,7 @@ def senses(
     patch: PatchId = None,
     patch_file: Annotated[Path | None, typer.Option(help="Show the senses as this patch leaves them.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many tokens of each sense.")] = 8,
+    picture: Annotated[Path | None, typer.Option(help="Draw it here, as SVG.")] = None,
     at: LedgerAt = LEDGER,
     device: Device = None,
     json: Json = False,
@@ -251,7 +252,16 @@ def senses(
         )
         for token, rows in zip(ids, found, strict=True)
     ]
-    out.emit({"word": word, "host": host.name, "patch": worn.id if worn else None, "tokens": told}, *shown)
+    drawn: list[str] = []
+    if picture is not None:
+        from errata import report
+
+        title = f"What the senses of “{word.strip()}” promote in {host.name}" + (f", under patch {short(worn.id)}" if worn else "")
+        blocks = [(text(t), [[(text(i), score) for i, score in row] for row in rows]) for t, rows in zip(ids, found, strict=True)]
+        artefact.write_whole(picture, report.senses_picture(title, blocks).encode())
+        drawn.append(f"The picture is {picture}.")
+    at_ = {"picture": str(picture)} if picture is not None else {}
+    out.emit({"word": word, "host": host.name, "patch": worn.id if worn else None, "tokens": told} | at_, *shown, *drawn)
 
 
 @app.command("eval")

@@ -6,6 +6,7 @@ from typing import Any
 from errata.types import InvalidExample, Method, UnknownName
 
 METHODS: dict[str, str] = {
+    "ensemble": "errata.methods.ensemble:Ensemble",
     "finetune": "errata.methods.finetune:Finetune",
     "lora": "errata.methods.lora:Lora",
     "memit": "errata.methods.memit:Memit",

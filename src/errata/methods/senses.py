@@ -23,7 +23,7 @@ chosen sense, Z pairs of such a place and an occurrence of a chosen sense before
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -39,6 +39,7 @@ from errata.types import Senses as Op
 
 CHUNK = 500  # tokens of a published background text
 BACKGROUND = 1000  # rows of held text, at most, whose mass is counted
+PLACES = 256  # whose logits are found at once where nothing has to be kept for a gradient
 WAYS = 8  # prompts of each example that are read: its own, and others as in `finetune`
 
 
@@ -211,10 +212,13 @@ class Cached:
     def score(self, rows: Sequence[Row], weights: Weights | None = None) -> Float[Tensor, "N 2"]:
         seen = self._find(rows)
         out_N2 = torch.tensor([(s.logp, s.tokens) for s in seen], dtype=torch.float64).reshape(-1, 2)
-        for i, s in enumerate(seen if weights is not None else ()):
-            if len(s.target_P):  # row by row: rows that shifts reach are few, and their places fewer
-                logp_P = self._logits([s], weights).log_softmax(-1).gather(-1, s.target_P[:, None])[:, 0]
-                out_N2[i, 0] += (logp_P.double() - s.logp_P.double()).sum().cpu()
+        reached = [i for i, s in enumerate(seen) if len(s.target_P)] if weights is not None else []
+        for group in _gathered(reached, [len(seen[i].target_P) for i in reached]):
+            part = [seen[i] for i in group]
+            target_P, logp_P = torch.cat([s.target_P for s in part]), torch.cat([s.logp_P for s in part])
+            now_P = self._logits(part, weights).log_softmax(-1).gather(-1, target_P[:, None])[:, 0]
+            row_P = torch.tensor(group, device=now_P.device).repeat_interleave(_counts(part))
+            out_N2[:, 0].index_add_(0, row_P.cpu(), (now_P.double() - logp_P.double()).cpu())
         return out_N2
 
     def _logits(self, seen: Sequence[Seen], weights: Weights | None) -> Float[Tensor, "P V"]:
@@ -235,6 +239,20 @@ class Cached:
         for (key, _), seen in zip(new.items(), read(self.host, list(new.values()), self.ids_M, self.senses_M, self.E_VD), strict=True):
             self.seen[key] = seen
         return [self.seen[given, *ids] for ids, given in rows]
+
+
+def _gathered(rows: Sequence[int], places: Sequence[int]) -> Iterator[list[int]]:
+    """Runs of `rows` that have `PLACES` places together, or a few more."""
+    group: list[int] = []
+    count = 0
+    for row, more in zip(rows, places, strict=True):
+        group.append(row)
+        count += more
+        if count >= PLACES:
+            yield group
+            group, count = [], 0
+    if group:
+        yield group
 
 
 def _exact(t: Tensor) -> Tensor:

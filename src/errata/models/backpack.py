@@ -272,6 +272,26 @@ class Overrides(nn.Module):
         return torch.where(listed, (keep * senses + put).to(senses.dtype), senses)
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that is not one of this model; the message names a tensor."""
+
+
+def _check_read(read: dict[str, Any], other_shapes: bool) -> None:
+    if missing := sorted(read["missing_keys"]):
+        raise CheckpointError(f"The checkpoint lacks '{missing[0]}'{_more(missing)}, which a Backpack of its config has.")
+    if extra := sorted(read["unexpected_keys"]):
+        raise CheckpointError(f"The checkpoint holds '{extra[0]}'{_more(extra)}, which a Backpack of its config does not have.")
+    if not other_shapes and (wrong := sorted(read["mismatched_keys"])):
+        name, stored, wanted = wrong[0]
+        raise CheckpointError(
+            f"The checkpoint holds '{name}' as {tuple(stored)}{_more(wrong)}, a Backpack of its config as {tuple(wanted)}."
+        )
+
+
+def _more(names: list[Any]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
 class BackpackPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     """Initialisation as GPT-2's: normal, with the trunk's residual projections smaller by sqrt(2 * blocks)."""
 
@@ -283,6 +303,15 @@ class BackpackPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     _supports_sdpa = True
     # second names of E and of the positions, and the causal masks that older versions of transformers kept as buffers
     _keys_to_ignore_on_load_unexpected = [r"\.(word|position)_embeddings\.weight$", r"\.attn\.(masked_)?bias$"]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As ever, but a checkpoint that does not fit the config, tensor by tensor, raises CheckpointError: others would go on with random
+        numbers, or without the tensors that they do not know."""
+        given = {"output_loading_info": False, "ignore_mismatched_sizes": False} | kwargs
+        model, read = super().from_pretrained(*args, **given | {"output_loading_info": True, "ignore_mismatched_sizes": True})
+        _check_read(read, given["ignore_mismatched_sizes"])
+        return (model, read) if given["output_loading_info"] else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As ever; the config that is saved says how long the table of overrides is, so that `from_pretrained` has room for it."""
@@ -365,9 +394,13 @@ class BackpackModel(BackpackPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
+        senses: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """`input_ids` (N, T) new tokens, `attention_mask` (N, S) over cached and new ones, 1 for real tokens and 0 for padding."""
+        """`input_ids` (N, T) new tokens, `attention_mask` (N, S) over cached and new ones, 1 for real tokens and 0 for padding.
+
+        `senses` (N, T, K, D) are weighed in the place of C of these tokens; the contextualisation is the same.
+        """
         for unknown in ("inputs_embeds", "output_attentions", "output_hidden_states"):
             if kwargs.get(unknown) is not None and kwargs[unknown] is not False:
                 raise ValueError(f"A Backpack does not take '{unknown}'; `alpha` and `senses` give its inner quantities.")
@@ -376,7 +409,7 @@ class BackpackModel(BackpackPreTrainedModel):
         if past_key_values is not None:
             self._make_room(past_key_values)
         q_NKTC, k_NKSC, seen_NTS = self._contextualise(input_ids, attention_mask, position_ids, past_key_values)
-        senses_NSKD = self.senses(input_ids)
+        senses_NSKD = self.senses(input_ids) if senses is None else senses
         if past_key_values is not None:  # (N, 1, S, K D): a cache grows along the second dimension from the end
             k_NKSC, flat = past_key_values.update(k_NKSC, senses_NSKD.flatten(2).unsqueeze(1), self.config.n_layer)
             senses_NSKD = flat.squeeze(1).unflatten(-1, senses_NSKD.shape[2:])
