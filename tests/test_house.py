@@ -28,6 +28,7 @@ ORDER = (
     ("report",),
     ("export",),
     ("lab",),
+    ("protocol",),
     ("demo",),
     ("cli",),
 )

@@ -254,8 +254,13 @@ def senses(
     out.emit({"word": word, "host": host.name, "patch": worn.id if worn else None, "tokens": told}, *shown)
 
 
-@app.command("eval")
+evaluation = typer.Typer(cls=typer.core.TyperGroup, invoke_without_command=True)
+app.add_typer(evaluation, name="eval")
+
+
+@evaluation.callback()
 def judge(
+    context: typer.Context,
     cases: Annotated[Path | None, typer.Option(help="Cases as JSONL, or 'prompt| answer' in each line.")] = None,
     lab: Annotated[str | None, typer.Option(help="Cases of the lab instead: train, validation or test.")] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="How many of the lab's cases.")] = 50,
@@ -267,6 +272,8 @@ def judge(
     json: Json = False,
 ) -> None:
     """Judge a patch on text that it was not made from, beside the model as it was."""
+    if context.invoked_subcommand is not None:
+        return
     from errata import evaluate, text
     from errata import report as page
     from errata.cli.lab import lab_cases
