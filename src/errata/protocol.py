@@ -102,6 +102,7 @@ class Plan:
 
     data, variant    folder of the published records, "clean" or "published"; without a folder the lab's own tasks
     reference        text that holds still and judges, as for `errata.edit`
+    halve            the folder has no test split: half of the behaviours of the validation split serve for it
     limit            at most so many examples, records, hard negatives of a task; None for all
     switches         of `SWITCHES`, those that are on in the faithful mode
     """
@@ -115,6 +116,7 @@ class Plan:
     mode: Mode = "fixed"
     data: str | None = None
     variant: str = "clean"
+    halve: bool = False
     reference: str | None = None
     limit: int | None = None
     switches: tuple[str, ...] = tuple(SWITCHES)
@@ -274,7 +276,11 @@ def task_of(plan: Plan, host: Host, name: str, split: Split) -> Task:
         raise InvalidReference(f"The lab's tasks are about the lab's world, which {host.name} does not know. Give the folder of others.")
 
     def read(split: Split) -> Task:
-        return lab.lab_task(name, split) if plan.data is None else canonical.load(plan.data, name, split, plan.variant)
+        if plan.data is None:
+            return lab.lab_task(name, split)
+        if plan.halve:
+            return half(canonical.load(plan.data, name, "validation", plan.variant), split)
+        return canonical.load(plan.data, name, split, plan.variant)
 
     task = read(split)
     if plan.mode == "faithful" and "validation_negatives" in plan.switches:
@@ -286,6 +292,36 @@ def task_of(plan: Plan, host: Host, name: str, split: Split) -> Task:
     if not task.examples or not task.records:
         raise InvalidReference(f"No example or no record of {name} ({split}) fits the {host.context} tokens that {host.name} reads.")
     return task
+
+
+def half(task: Task, split: Split) -> Task:
+    """One half of a task's behaviours, the same for its examples and its records; of what is not about one, one half of the file.
+
+    A behaviour is the verb, the occupation, or what is to be said; `temporal` has none that could be told, its files go entity by entity.
+    """
+
+    def side(key: str) -> bool:
+        return (int(digest("half", key)[3:5], 16) % 2 == 0) == (split == "test")
+
+    def cut(items: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(items[len(items) // 2 :] if split == "test" else items[: len(items) // 2])
+
+    def own(items: Sequence[Any], key: Callable[[Any], str]) -> tuple[Any, ...]:
+        return cut(items) if task.name == "temporal" else tuple(item for item in items if side(key(item)))
+
+    def spoken(x: Any) -> str:
+        """The verb of two forms, else what is to be said."""
+        return min((t.split()[0] for t in (x.target, x.contrast)), key=len) if task.name == "verb" else x.target.strip().lower()
+
+    gender = task.name == "gender"
+    return replace(
+        task,
+        split=split,
+        examples=own(task.examples, lambda e: e.prompt.removeprefix("The ").removesuffix(" said") if gender else spoken(e)),
+        records=own(task.records, lambda r: r.behaviour if gender else spoken(r)),
+        hard=cut(task.hard),
+        unconditional=cut(task.unconditional),
+    )
 
 
 def check_apart(validation: Task, test: Task) -> None:
@@ -701,7 +737,7 @@ def cell(found: Found) -> Cell:
         error=standard_error(changes),
         hard_before=hard_before,
         hard_change=None if hard is None or hard_before is None else hard - hard_before,
-        runs=sum(ball["inside"] for ball in found.tests),
+        runs=len(found.tests),
     )
 
 

@@ -27,6 +27,7 @@ def canonical(
     task: Annotated[list[str] | None, typer.Option(help="\\[default: all six]", show_default=False)] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the published records. \\[default: the lab's]", show_default=False)] = None,
     variant: Annotated[str, typer.Option(help="Of the published records: clean or published.")] = "clean",
+    halve: Annotated[bool, typer.Option("--halve", help="The folder has validation records only: half of them serve as test.")] = False,
     epsilon: Annotated[list[float], typer.Option(help="A ball; give it several times.")] = [1e-3, 1e-4, 1e-5],  # noqa: B006
     trials: Annotated[int, typer.Option(min=1, help="Settings tried for each task and column.")] = 10,
     seeds: Annotated[int, typer.Option(min=1, help="Edits of the test examples for each setting that was chosen.")] = 3,
@@ -71,6 +72,7 @@ def canonical(
             mode=name,  # type: ignore[arg-type]
             data=None if data is None else str(data.resolve()),
             variant=variant,
+            halve=halve,
             reference=None if reference is None else str(reference.resolve()),
             limit=limit,
             switches=tuple(s for s in protocol.SWITCHES if s not in (without or ())),
@@ -89,7 +91,8 @@ def rows(found: Iterable["Found"]) -> list[dict[str, Any]]:
 
     return [
         asdict(protocol.cell(f))
-        | {"interval": protocol.estimate([f])[1:], "scales": [ball.get("scale", ball.get("epoch")) for ball in f.tests]}
+        | {"interval": protocol.estimate([f])[1:], "inside": sum(ball["inside"] for ball in f.tests)}
+        | {"scales": [ball.get("scale", ball.get("epoch")) for ball in f.tests]}
         | {"settings": f.trial["settings"], "validation": protocol.ball_of(f.trial, f.epsilon)["success"]}
         for f in found
     ]
