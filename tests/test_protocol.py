@@ -488,7 +488,7 @@ def test_the_divergence_holds_the_model_still(kind: Any, summed: bool, tiny_gpt2
             p, q = (hosts.predictions(tiny_gpt2, hosts.pad(tiny_gpt2, rows), w).log_softmax(-1) for w in (base, edited))
         return float((p.exp() * (p - q)).sum(-1).mean())
 
-    assert cost(1.0 if summed else 50.0) < 0.8 * cost(0.0)
+    assert cost(1.0 if summed else 500.0) < 0.8 * cost(0.0)
 
 
 def test_losses_are_means_over_tokens_and_some_have_no_bound(tiny_gpt2: Host) -> None:

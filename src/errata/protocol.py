@@ -311,7 +311,7 @@ def half(task: Task, split: Split) -> Task:
 
     def spoken(x: Any) -> str:
         """The verb of two forms, else what is to be said."""
-        return min((t.split()[0] for t in (x.target, x.contrast)), key=len) if task.name == "verb" else x.target.strip().lower()
+        return str(min((t.split()[0] for t in (x.target, x.contrast)), key=len) if task.name == "verb" else x.target.strip().lower())
 
     gender = task.name == "gender"
     return replace(
