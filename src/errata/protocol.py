@@ -187,8 +187,9 @@ def _descent(trial: "Trial", steps: tuple[int, int], lr: tuple[float, float]) ->
         "lam": trial.suggest_float("lam", 30.0, 600.0, log=True),
         "hold": trial.suggest_int("hold", 8, 24, step=8),
         "searched": 0,
-        "neighbours": 2,
-        "restated": 8,
+        "contexts": trial.suggest_int("contexts", 0, 1),
+        "neighbours": trial.suggest_int("neighbours", 0, 2),
+        "restated": trial.suggest_int("restated", 0, 8, step=4),
     }
 
 
@@ -197,12 +198,12 @@ def _damped(trial: "Trial") -> dict[str, Any]:
 
 
 def _finetune(trial: "Trial") -> dict[str, Any]:
-    return _descent(trial, (8, 20), (0.01, 0.1)) | _damped(trial)
+    return _descent(trial, (6, 14), (0.01, 0.1)) | _damped(trial)
 
 
 def _lora(trial: "Trial") -> dict[str, Any]:
     own = {"rank": trial.suggest_int("rank", 4, 64, log=True), "fraction": trial.suggest_float("fraction", 0.25, 1.0)}
-    return _descent(trial, (6, 16), (0.3, 2.0)) | _damped(trial) | own
+    return _descent(trial, (4, 12), (0.3, 2.0)) | _damped(trial) | own
 
 
 def _senses(trial: "Trial") -> dict[str, Any]:
@@ -610,7 +611,7 @@ def _searched(
         import optuna
     except ImportError as e:
         raise MissingExtra('The search needs Optuna, which is not installed: pip install "errata[protocol]".') from e
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # each study announces itself otherwise
     storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'search.db'}")
     try:
         studies: dict[tuple[Column, str], Study] = {}
