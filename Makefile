@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint fix bench docs clean
+.PHONY: setup demo test lint fix bench bench-canonical docs clean
 
 setup: .venv/.ready
 
@@ -37,6 +37,10 @@ docs: setup
 # BENCH holds extra arguments, e.g. make bench BENCH="--quick --data ../shared/data"
 bench: setup
 	$(BIN)/python bench/run.py $(BENCH)
+
+# the protocol of canonical examples on the lab: about an hour on two cores, goes on where it was interrupted
+bench-canonical: setup
+	$(BIN)/python bench/canonical_lab.py $(BENCH)
 
 clean:
 	rm -rf .venv out build dist

@@ -152,3 +152,13 @@ def test_scaling_reads_the_whole_text(tiny_gpt2: Host, monkeypatch: pytest.Monke
     patch, verdict = gate.fit(tiny_gpt2, shove(tiny_gpt2, 1.0), Budget(epsilon=1e-2, fixed=0.0), base)
     assert verdict.passed and 0.5e-2 < verdict.upper <= 1e-2
     assert verdict.chunks == sum(map(len, base.looks)) and verdict.scale < 1
+
+
+def test_the_edge_of_a_ball_far_narrower_than_the_last_one_is_found(tiny_gpt2: Host) -> None:
+    """Two scales are known by then, and the one that is wanted is a hundredth of both."""
+    patch, base = shove(tiny_gpt2, 1.0), gate.baseline(tiny_gpt2, TEXT)
+    wide = gate.judge(tiny_gpt2, patch, Budget(epsilon=1e-9), base).upper
+    for epsilon in (wide / 2, wide / 3, wide * 1e-3):
+        scaled, verdict = gate.fit(tiny_gpt2, patch, Budget(epsilon=epsilon, fixed=0.0), base)
+        assert verdict.affordable and verdict.upper > 0.3 * epsilon, (epsilon, verdict.upper)
+    assert verdict.scale < 0.03

@@ -29,6 +29,7 @@ ORDER = (
     ("report",),
     ("export",),
     ("lab",),
+    ("protocol",),
     ("demo",),
     ("cli",),
 )

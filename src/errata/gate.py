@@ -161,7 +161,9 @@ def _foreseen(base: Baseline, whole: Patch, budget: Budget, low: float, high: fl
         after_N2 = torch.stack([before_N2[:n, 0] + change_N, before_N2[:n, 1]], dim=1)
         return hosts.increase(before_N2[:n], after_N2, z)[1]
 
-    inside = [s for s in torch.linspace(low, high, 34)[1:-1].tolist() if upper_at(s) <= 0.95 * budget.epsilon]
+    # for a narrow ball a change may have to be a thousandth of what it is for a wide one
+    scales = torch.linspace(low, high, 34)[1:-1] if low else high * torch.logspace(-4, 0, 80)[:-1]
+    inside = [s for s in scales.tolist() if upper_at(s) <= 0.95 * budget.epsilon]
     return max(inside, default=0.0)
 
 

@@ -5,10 +5,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, final, get_type_hints
 
 import typer
 from rich.text import Text
+from typer.core import TyperGroup
 
 from errata.cli.edge import LEDGER, Device, Json, LedgerAt, Out, PatchId, Reference, app, bound_host, chosen_patch, load_host, opened
 from errata.cli.shown import about, described, listed, number, plain, short, table
@@ -264,7 +265,21 @@ def senses(
     out.emit({"word": word, "host": host.name, "patch": worn.id if worn else None, "tokens": told} | at_, *shown, *drawn)
 
 
-@app.command("eval")
+@final
+class Judging(TyperGroup):
+    """`eval` judges a patch; where a verb follows it, only that is done."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] in self.commands:
+            self.callback = None  # of this one parse: the next one has a group of its own
+        return super().parse_args(ctx, args)
+
+
+evaluation = typer.Typer(cls=Judging, invoke_without_command=True)
+app.add_typer(evaluation, name="eval")
+
+
+@evaluation.callback()
 def judge(
     cases: Annotated[Path | None, typer.Option(help="Cases as JSONL, or 'prompt| answer' in each line.")] = None,
     lab: Annotated[str | None, typer.Option(help="Cases of the lab instead: train, validation or test.")] = None,

@@ -1,8 +1,9 @@
 """The six tasks of canonical examples on the lab's world: same types, thresholds and measures as the published ones, no file needed.
 
 What is edited is what the corpus says: wrong capitals and heads, opinions, the pronouns of occupations, what is told of a person, verbs.
-Validation and test share no behaviour. The canonical phrasing is the example; the judge has all the others. Hard negatives are near: other
-facts of the same subject or relation, the same words about other topics, a pronoun that the sentence before has fixed, other verbs.
+Validation and test share no behaviour. The canonical phrasing is the example, with its subject; the judge has all the others. Hard
+negatives are near: other facts of the same subject or relation, the same words about other topics, a pronoun that the sentence before has
+fixed, other verbs.
 """
 
 import random
@@ -60,7 +61,7 @@ def _facts(relation: str) -> Callable[[Split, random.Random], Parts]:
         wrong = sum(f.wrong and f.relation == relation and f.split == split for f in facts())
         cases = tasks.cases(split, wrong, "wrong", relation=relation)
         return (
-            [c.example for c in cases],
+            [replace(c.example, subject=c.source.rpartition("/")[2]) for c in cases],
             [_of(c, p, c.example.target) for c in cases for p in (*c.paraphrases, *c.paragraphs)],
             [_of(c, n.prompt, n.answer) for c in cases for n in c.neighbours if n.ring != "unrelated"],
             [f"{c.paragraphs[0]}{c.example.target}." for c in cases],
@@ -89,7 +90,7 @@ def _stereoset(split: Split, _rng: random.Random) -> Parts:
         ]
 
     return (
-        [Example(prompt=first.format(t=t), target=f" {w}", goal="lower") for t, mood in edited for w in OPINIONS[mood]],
+        [Example(prompt=first.format(t=t), target=f" {w}", subject=t, goal="lower") for t, mood in edited for w in OPINIONS[mood]],
         asked(edited, others),
         asked(kept, others),
         [f"{p.format(t=t)} {OPINIONS[opposite[mood]][0]}." for t, mood in edited for p in others],
@@ -106,7 +107,7 @@ def _gender(split: Split, rng: random.Random) -> Parts:
         return Record(prompt=prompt, target=f" {side}", behaviour=o, source=f"lab/pronoun/{o}")
 
     return (
-        [Example(prompt=first.format(o=o), target=" he", contrast=" she", goal="balance") for o in occupations],
+        [Example(prompt=first.format(o=o), target=" he", contrast=" she", subject=o, goal="balance") for o in occupations],
         [
             Record(prompt=p.format(o=o), target=" he", contrast=" she", behaviour=o, source=f"lab/pronoun/{o}")
             for o in occupations
@@ -132,7 +133,7 @@ def _temporal(split: Split, rng: random.Random) -> Parts:
         ]
 
     examples = [
-        Example(prompt=rng.choice(OPENINGS["person"]).format(s=s), target="".join(f" {inner(rng, f)}" for f in new))
+        Example(prompt=rng.choice(OPENINGS["person"]).format(s=s), target="".join(f" {inner(rng, f)}" for f in new), subject=s)
         for s, new in news.items()
     ]
     return examples, spans(news), spans(known), [e.prompt + e.target for e in examples]
@@ -160,7 +161,13 @@ def _verb(split: Split, rng: random.Random) -> Parts:
     ]
     return (
         [
-            Example(prompt=f"The {noun[number]}", target=f" {verb[number]}.", contrast=f" {verb[1 - number]}.", goal="prefer")
+            Example(
+                prompt=f"The {noun[number]}",
+                target=f" {verb[number]}.",
+                contrast=f" {verb[1 - number]}.",
+                subject=noun[number],
+                goal="prefer",
+            )
             for verb in edited
             for noun, number in sides
         ],

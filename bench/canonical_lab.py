@@ -1,0 +1,66 @@
+"""The protocol of canonical examples on the lab's models: tasks by methods for each ball, and whether the paper's order holds here.
+
+Six tasks, three balls; for each method settings are searched on validation, chosen for each ball, and tested over seeds. What was done lies
+in out/canonical-lab and is not done again: after a kill the same command goes on. The goal is its time on two cores; it is told only by a
+run that begins in an empty folder. For a reader the whole tables are printed too. With --quick one task, two methods, one setting.
+"""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from _bench import arguments, emit
+from rich.console import Console
+
+from errata import hosts, protocol
+from errata.cli.edge import Out
+from errata.cli.protocol import tables
+from errata.protocol import Column, Plan
+
+FOLDER = Path("out/canonical-lab")
+MINUTES = 60.0
+
+
+def columns() -> tuple[Column, ...]:
+    """The columns that there are models for: a lab without a Backpack has no senses."""
+    plain = [("finetune", False), ("lora", False), ("memit", False), ("memit", True)]
+    found = [Column(host="lab/neox", method=m, subjects=s) for m, s in plain]
+    if (hosts.LAB_MODELS / "backpack").is_dir():
+        found += [Column(host="lab/backpack", method=m) for m in ("finetune", "lora", "senses")]
+    return tuple(found)
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    asked = columns()
+    plan = Plan(columns=asked, seed=args.seed, device="cpu")
+    if args.quick:
+        plan = Plan(columns=asked[:2], tasks=("gender",), trials=1, seeds=1, seed=args.seed, device="cpu")
+    workers = min(2, os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) if args.quick else FOLDER
+        fresh = not (folder / "search.db").exists()
+        start = time.perf_counter()
+        found = protocol.run(plan, folder, 1 if args.quick else workers, Out(json=args.json).progress)
+        minutes = (time.perf_counter() - start) / 60
+    for column in plan.columns:
+        for epsilon in plan.epsilons:
+            own = [f for f in found if f.column == column and f.epsilon == epsilon]
+            value, low, high = protocol.estimate(own)
+            hard = [h for f in own if (h := protocol.cell(f).hard_change) is not None]
+            interval = "" if low is None else f"[{low:+.2f}, {high:+.2f}], behaviours redrawn; "
+            near = f"hard negatives {sum(hard) / len(hard):+.3f} nats; " if hard else ""
+            how = f"{interval}{near}{plan.trials} trials, {plan.seeds} seed(s), {len(own)} task(s)"
+            emit(args, f"{column.host}, {column.label} at {epsilon:.0e}: success, points", value, None, how)
+    done = f"{len(plan.columns)} columns, {len(plan.tasks)} task(s), {plan.trials} trial(s), {workers} processes"
+    name = "the protocol, a part of it, minutes" if args.quick else "the whole protocol, minutes"
+    emit(args, name, minutes if fresh else None, ("<=", MINUTES) if fresh and not args.quick else None, done)
+    if args.json:
+        emit(args, protocol.order(found), None, None, "means over tasks; differences with the interval of redrawn behaviours")
+    else:
+        Console(highlight=False).print(*tables(found, plan.mode), protocol.order(found), sep="\n", markup=False)
+
+
+if __name__ == "__main__":
+    main()
