@@ -35,7 +35,7 @@ from errata.report import (
     power,
     rate,
     ring_chart,
-    senses_picture,
+    senses_panels,
     size,
     versions,
     where,
@@ -410,17 +410,16 @@ def test_page_and_json_are_written_side_by_side(tmp_path: Path) -> None:
 
 def test_the_picture_of_senses_shows_each_token_on_one_scale() -> None:
     tokens = [(" Zürich<&>", [[(" bank\x00", 8.0), ("\n", 4.0)], [("\ud800", -1.0)]] * 3), ("x" * 40, [[]])]
-    root = ElementTree.fromstring(senses_picture("Senses & more", tokens))
-    name = "{http://www.w3.org/2000/svg}"
-    words = [t.text for t in root.iter(f"{name}text")]
-    assert words[0] == "Senses & more" and words[1] == "The token ·Zürich<&>" and f"The token {'x' * 21}…" in words
+    root = ElementTree.fromstring(senses_panels("Senses & more", tokens))
+    words = [t.text for t in root.iter("text")]
+    assert words[0] == "The token ·Zürich<&>" and f"The token {'x' * 21}…" in words
     assert words.count(r"·bank\x00") == words.count(r"\n") == words.count(r"\ud800") == 3 and words.count("8") == words.count("−1") == 3
     assert [w for w in words if w.startswith("sense ")] == [*(f"sense {k}" for k in range(6)), "sense 0"]
-    bars = [r for r in root.iter(f"{name}rect") if r.get("class", "").startswith("promoted")]
+    bars = [r for r in root.iter("rect") if r.get("class", "").endswith("promoted")]
     widths = [float(r.get("width", "0")) for r in bars]
     assert len(widths) == 6 and {widths[0] / 2} == {widths[1]} and widths[0] == widths[4], "none for what is pushed down"
-    assert {r.get("class") for r in bars} == {"promoted s0", "promoted s2", "promoted s4"}
+    assert {r.get("class") for r in bars} == {"mark s0 promoted", "mark s2 promoted", "mark s4 promoted"}
     everything = [e for e in root.iter() if e.get("y") is not None]
     bottom = float(root.get("viewBox", "").split()[3])
     assert max(float(e.get("y", "0")) for e in everything) < bottom
-    senses_picture("nothing", [])
+    senses_panels("nothing", [])

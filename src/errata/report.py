@@ -701,26 +701,14 @@ def _standing_alone(picture: Markup) -> Markup:
 
 
 PANELS, PANEL, ROW, WIDEST = 4, 220, 19, 22  # panels side by side, their width and that of a row in pixels, characters of a token
-SENSES_STYLE = """
-svg { --page: #ffffff; --ink: #17202b; --muted: #5b6675; --soft: #eef1f5; background: var(--page);
-  --s0: #2457c5; --s1: #c2500a; --s2: #0a7f68; --s3: #8a3ab9; --s4: #94720a; --s5: #b8256a; --s6: #2b7f9e; --s7: #5b6675; }
-@media (prefers-color-scheme: dark) { svg { --page: #171e27; --ink: #e6ebf1; --muted: #9aa7b6; --soft: #202a36;
-  --s0: #82aaff; --s1: #ffa367; --s2: #57d3b6; --s3: #d19bff; --s4: #e3c15a; --s5: #ff8fbd; --s6: #7cd0ee; --s7: #9aa7b6; } }
-text { fill: var(--ink); font: 12.5px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-text.title { font-size: 17px; font-weight: 650; } text.strong { font-weight: 650; } text.muted { fill: var(--muted); }
-.track { fill: var(--soft); } .promoted { fill-opacity: .32; }
-""" + "".join(f".s{i} {{ fill: var(--s{i}); }} " for i in range(8))
 
 
-def senses_picture(title: str, tokens: Sequence[tuple[str, Sequence[Sequence[tuple[str, float]]]]]) -> str:
-    """A self-contained SVG. Each of `tokens` is a block of panels, one for each sense: the tokens that it promotes, and what it adds to
-    their logits. All bars have one scale."""
-    left, top, y = 20.0, 20.0, 62.0
+def senses_panels(title: str, tokens: Sequence[tuple[str, Sequence[Sequence[tuple[str, float]]]]]) -> Markup:
+    """Each of `tokens` is a block of panels, one for each sense: the tokens that it promotes, and what it adds to their logits. All bars
+    have one scale."""
+    left, top, y = 20.0, 20.0, 24.0
     most = max((score for _, senses in tokens for row in senses for _, score in row), default=0.0)
-    parts = [
-        _tag("style", Markup(SENSES_STYLE)),
-        _label(title, left, 30.0, class_="title"),
-    ]
+    parts: list[Markup] = []
     for token, senses in tokens:
         parts.append(_label(f"The token {_visible(token)}", left, y + 4, class_="strong"))
         y += 16
@@ -735,9 +723,7 @@ def senses_picture(title: str, tokens: Sequence[tuple[str, Sequence[Sequence[tup
         for token, senses in tokens
         for k, row in enumerate(senses)
     )
-    return str(_picture(round(2 * left + PANELS * PANEL - 16), round(y), title, description, parts)).replace(
-        "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1
-    )
+    return _picture(round(2 * left + PANELS * PANEL - 16), round(y), title, description, parts)
 
 
 def _sense(k: int, row: Sequence[tuple[str, float]], x: float, y: float, most: float) -> Iterator[Markup]:
@@ -748,7 +734,7 @@ def _sense(k: int, row: Sequence[tuple[str, float]], x: float, y: float, most: f
         yield _tag("rect", x=x, y=at, width=width, height=ROW - 3, rx=3, class_="track")
         if score > 0 and most > 0:
             longest = width - 48  # the numbers stand beside the bars
-            yield _tag("rect", x=x, y=at, width=max(2.0, longest * score / most), height=ROW - 3, rx=3, class_=f"promoted s{k % 8}")
+            yield _tag("rect", x=x, y=at, width=max(2.0, longest * score / most), height=ROW - 3, rx=3, class_=f"mark s{k % 8} promoted")
         yield _label(_visible(token), x + 6, at + 12.5)
         yield _label(number(score), x + width - 6, at + 12.5, text_anchor="end", class_="muted")
 

@@ -206,7 +206,7 @@ def senses(
     patch: PatchId = None,
     patch_file: Annotated[Path | None, typer.Option(help="Show the senses as this patch leaves them.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many tokens of each sense.")] = 8,
-    picture: Annotated[Path | None, typer.Option(help="Draw it here, as SVG.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw it here: an .html or an .svg.")] = None,
     at: LedgerAt = LEDGER,
     device: Device = None,
     json: Json = False,
@@ -214,9 +214,10 @@ def senses(
     """What each sense of a word promotes, in a Backpack: the tokens that follow more often where that sense counts."""
     from contextlib import nullcontext
 
-    from errata import apply, artefact, hosts
+    from errata import apply, artefact, hosts, report
     from errata.types import InvalidExample
 
+    report.check_picture(picture)
     out, worn = Out(json=json), artefact.load_patch(patch_file) if patch_file is not None else None
     if name is not None and patch is None:
         host = load_host(name, device, out)
@@ -255,11 +256,10 @@ def senses(
     ]
     drawn: list[str] = []
     if picture is not None:
-        from errata import report
-
         title = f"What the senses of “{word.strip()}” promote in {host.name}" + (f", under patch {short(worn.id)}" if worn else "")
         blocks = [(text(t), [[(text(i), score) for i, score in row] for row in rows]) for t, rows in zip(ids, found, strict=True)]
-        artefact.write_whole(picture, report.senses_picture(title, blocks).encode())
+        note = "What each sense adds to the logits of the tokens that it promotes most, where its weight is 1."
+        report.write_picture(report.senses_panels(title, blocks), title, note, picture)
         drawn.append(f"The picture is {picture}.")
     at_ = {"picture": str(picture)} if picture is not None else {}
     out.emit({"word": word, "host": host.name, "patch": worn.id if worn else None, "tokens": told} | at_, *shown, *drawn)
