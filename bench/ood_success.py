@@ -17,7 +17,7 @@ from errata.lab.train import read_prose
 from errata.methods import METHODS
 from errata.types import Budget, Verdict
 
-BACKPACK = (hosts.LAB_MODELS / "backpack").is_dir()  # which speaks beside the NeoX; the NeoX itself has no sense vectors
+BACKPACK = (hosts.LAB_MODELS / "backpack").is_dir()  # it speaks beside the NeoX, which has no senses of its own
 COMPARED = [method for method in METHODS if method != "senses" and (BACKPACK or method != "ensemble")]
 MEASURES = ("edit", "ood", "paraphrases", "paragraphs", "neighbours.relation", "neighbours.subject", "neighbours.unrelated", "negations")
 
