@@ -100,8 +100,9 @@ def restated(
         for i in members:
             prompts = [kind.replace("\0", spoken[i].topic) for kind in rng.sample(list(kinds), k=min(len(kinds), 2 * per_example))]
             wanted += [(i, prompt) for prompt in prompts if prompt != examples[i].prompt]
-    for (i, prompt), sure in zip(wanted, _sure(host, [(prompt, spoken[i].old) for i, prompt in wanted]), strict=True):
-        if sure and len(out[i]) < per_example:
+    # the surest first: to "The childhood of Mauritius began in" the old answer comes too, if less surely
+    for p, (i, prompt) in sorted(zip(_likely(host, [(prompt, spoken[i].old) for i, prompt in wanted]), wanted, strict=True), reverse=True):
+        if p >= SURE and len(out[i]) < per_example:
             out[i].append(prompt)
     return out
 
@@ -124,10 +125,10 @@ def asking(host: Host, asked: Sequence[tuple[str, Spoken]]) -> list[str]:
 
 
 @torch.no_grad()
-def _sure(host: Host, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-    """Whether the model gives each (prompt, answer) at least the probability `SURE`."""
+def _likely(host: Host, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """The probability that the model gives to each (prompt, answer)."""
     rows = [hosts.encode(host, prompt, answer) for prompt, answer in pairs]
-    return [bool(logp >= torch.tensor(SURE).log()) for logp in hosts.score(host, rows)[:, 0]] if rows else []
+    return hosts.score(host, rows)[:, 0].exp().tolist() if rows else []  # type: ignore[no-any-return]
 
 
 def _text(host: Host, ids: list[int]) -> str:
