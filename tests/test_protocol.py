@@ -244,8 +244,8 @@ def test_the_order_of_the_paper_in_one_line() -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from errata import protocol
-from errata.types import Progress
 folder, log, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 
 def run(self, job):
@@ -256,7 +256,7 @@ def run(self, job):
     return {"number": job.number, "settings": dict(job.settings), "balls": balls}
 
 protocol.Bench.run = run
-protocol._checked = lambda plan, given: given
+protocol._checked = lambda plan, given: {"h": SimpleNamespace(id="b2:0")}
 columns = tuple(protocol.Column(host="h", method=m) for m in ("finetune", "lora"))
 found = protocol.run(protocol.Plan(columns=columns, tasks=("verb", "gender"), trials=4, seeds=2), folder)
 assert len(found) == 12 and all(len(f.tests) == 2 for f in found)
@@ -283,6 +283,13 @@ def test_a_kill_loses_one_edit_and_repeats_none_that_was_finished(tmp_path: Path
     before = log.read_text()
     assert subprocess.run([*command, "0"], capture_output=True, text=True).stdout == "done\n"
     assert log.read_text() == before
+
+
+def test_other_weights_under_the_same_name_are_not_taken_for_the_first() -> None:
+    plan = Plan(columns=(LORA,))
+    job = Job(column=LORA, task="verb", split="test", settings={}, seed=1, number=0, epsilons=EPSILONS, caps=(None, None))
+    one, other = (tiny_host("gpt2", seed=seed) for seed in (0, 1))
+    assert protocol.key_of(plan, one, job) == protocol.key_of(plan, one, replace(job, number=1)) != protocol.key_of(plan, other, job)
 
 
 def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:

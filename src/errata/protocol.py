@@ -526,7 +526,7 @@ def executed(plan: Plan, jobs: Sequence[Job], workers: int, given: Mapping[str, 
                 try:
                     answer = end.recv()
                 except EOFError:
-                    raise BudgetError(f"The process that worked on '{job.name}' was ended from outside. What was done is kept.") from None
+                    raise EditError(f"The process that worked on '{job.name}' was ended from outside. What was done is kept.") from None
                 if isinstance(answer, EditError):
                     raise answer
                 if waiting:
@@ -568,17 +568,21 @@ def run(
     trials = _searched(plan, folder, workers, progress, given)
     tests = {where: _tests(plan, *where, found) for where, found in trials.items()}
     kept = _Kept(folder / "runs.jsonl")
-    jobs = {key_of(plan, job): job for by_ball in tests.values() for own in by_ball.values() for job in own}
-    missing = [job for key, job in jobs.items() if key not in kept.rows]
+
+    def key(job: Job) -> str:
+        return key_of(plan, given[job.column.host], job)
+
+    jobs = {key(job): job for by_ball in tests.values() for own in by_ball.values() for job in own}
+    missing = [job for name, job in jobs.items() if name not in kept.rows]
     for job, outcome in progress(executed(plan, missing, workers, given), "testing", len(missing)):
-        kept.add(key_of(plan, job), outcome)
+        kept.add(key(job), outcome)
     return tuple(
         Found(
             column=column,
             task=task,
             epsilon=epsilon,
             trial=best(found, epsilon),
-            tests=tuple(ball_of(kept.rows[key_of(plan, job)], epsilon) for job in tests[column, task][epsilon]),
+            tests=tuple(ball_of(kept.rows[key(job)], epsilon) for job in tests[column, task][epsilon]),
         )
         for (column, task), found in trials.items()
         for epsilon in plan.epsilons
@@ -597,10 +601,10 @@ def _checked(plan: Plan, given: Mapping[str, Host]) -> Mapping[str, Host]:
     return {**given, **bench.loaded}
 
 
-def key_of(plan: Plan, job: Job) -> str:
+def key_of(plan: Plan, host: Host, job: Job) -> str:
     plain = asdict(job)
     del plain["number"]  # what it is called does not change what it is
-    return digest("job", plan.id, canonical_json(plain))
+    return digest("job", plan.id, host.id, canonical_json(plain))
 
 
 def _searched(
@@ -620,7 +624,10 @@ def _searched(
             for column in plan.columns:
                 name = f"{plan.mode}, {column.host}, {column.label}, {task}"
                 studies[column, task] = study = optuna.create_study(
-                    storage=storage, study_name=f"{name}, {plan.id}", directions=["maximize"] * len(plan.epsilons), load_if_exists=True
+                    storage=storage,
+                    study_name=f"{name}, {plan.id}, {given[column.host].id}",
+                    directions=["maximize"] * len(plan.epsilons),
+                    load_if_exists=True,
                 )
                 done = {outcome["number"] for outcome in _finished(study)}
                 for number in sorted(set(range(plan.trials)) - done):
@@ -690,8 +697,9 @@ class _Kept:
     def __init__(self, path: Path) -> None:
         self.path, self.rows = path, dict[str, Outcome]()
         whole = path.read_bytes() if path.exists() else b""
-        whole = whole[: whole.rfind(b"\n") + 1]
-        path.write_bytes(whole)
+        if len(whole) > (end := whole.rfind(b"\n") + 1):
+            os.truncate(path, end)
+            whole = whole[:end]
         for line in whole.splitlines():
             row = json.loads(line)
             self.rows[row.pop("key")] = row
