@@ -45,7 +45,7 @@ def train(
     name: Annotated[str, typer.Argument(help="neox or backpack.")],
     prose: Annotated[Path, typer.Option(help="JSONL of real English, with a 'text' in each line.")],
     out: Annotated[Path, typer.Option(help="Folder of the new model.")],
-    steps: Annotated[int, typer.Option(min=1)] = 3600,
+    steps: Annotated[int | None, typer.Option(min=1, help="\\[default: those of the committed weights]", show_default=False)] = None,
 ) -> None:
     """Train a model of the lab anew; one JSON line for each fifty steps. Goes on where it was interrupted."""
     from errata.lab.train import train as run

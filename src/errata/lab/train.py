@@ -127,6 +127,7 @@ def new_backpack(vocabulary: int) -> Any:
 
 
 MODELS: dict[str, Callable[[int], Any]] = {"neox": new_neox, "backpack": new_backpack}
+STEPS = {"neox": 3600, "backpack": 2000}  # of the committed weights
 
 
 def tokenizer_for(name: str, prose: list[str]) -> Any:
@@ -158,12 +159,12 @@ def rate_at(step: int, steps: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
 
 
-def train(name: str, prose_path: str | Path, out: str | Path, steps: int = 3600, save_every: int = 250) -> Path:
+def train(name: str, prose_path: str | Path, out: str | Path, steps: int | None = None, save_every: int = 250) -> Path:
     """Train the lab's model `name`, with its tokenizer, into the Hugging Face folder `out`. Returns it. Raises InvalidReference,
     UnknownName."""
     if name not in MODELS:
         raise UnknownName.among("lab model", name, MODELS)
-    out, started = Path(out), time.time()
+    out, started, steps = Path(out), time.time(), steps or STEPS[name]
     prose, _ = read_prose(prose_path)
     tokenizer = tokenizer_for(name, prose)
     out.mkdir(parents=True, exist_ok=True)

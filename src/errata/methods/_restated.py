@@ -23,7 +23,7 @@ from errata import hosts, text
 from errata.hosts import Host
 from errata.types import Example, InvalidExample
 
-DOCUMENTS, CHARACTERS = 400, 240  # how many documents are tried, and how long they may be
+DOCUMENTS, CHARACTERS = 1200, 240  # how many documents are tried, and how long they may be
 AT_ONCE = 64  # documents with something in the place of something between two counts of what was found
 SURE = 0.5  # the old answer's probability from which a phrasing counts as one
 

@@ -28,7 +28,7 @@ class Finetune(Method):
     lr: float = 0.014
     lam: float = 200.0
     contexts: int = 1
-    restated: int = 24
+    restated: int = 48
     neighbours: int = 8
     hold: int = 96
     searched: int = 4000
