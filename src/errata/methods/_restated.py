@@ -128,7 +128,7 @@ def asking(host: Host, asked: Sequence[tuple[str, Spoken]]) -> list[str]:
 def _likely(host: Host, pairs: Sequence[tuple[str, str]]) -> list[float]:
     """The probability that the model gives to each (prompt, answer)."""
     rows = [hosts.encode(host, prompt, answer) for prompt, answer in pairs]
-    return hosts.score(host, rows)[:, 0].exp().tolist() if rows else []  # type: ignore[no-any-return]
+    return hosts.score(host, rows)[:, 0].exp().tolist() if rows else []
 
 
 def _text(host: Host, ids: list[int]) -> str:
