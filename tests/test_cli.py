@@ -299,7 +299,8 @@ def test_what_each_sense_of_a_word_promotes(models: Path, tmp_path: Path) -> Non
     picture = ElementTree.parse(tmp_path / "deep" / "senses.svg").getroot()  # well-formed, whatever the tokens are
     words = [t.text for t in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert sum(w.startswith("sense ") for w in words) == 4 * len(told["tokens"])
-    assert sum(w.startswith("The token ") for w in words) == len(told["tokens"]) and "Mauritius" in words[0]
+    assert sum(w.startswith("The token ") for w in words) == len(told["tokens"])
+    assert "“Mauritius”" in str(picture.findtext("{http://www.w3.org/2000/svg}title"))
 
     token = told["tokens"][0]["id"]  # under a patch that makes sense 2 the row of another token, that one is on top
     with torch.no_grad():

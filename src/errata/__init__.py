@@ -24,7 +24,6 @@ _ROOMS = {
     "Verdict": "types",
     "applied": "apply",
     "edit": "build",
-    "evaluate": "evaluate",
     "greedy": "hosts",
     "host_of": "hosts",
     "load": "hosts",
