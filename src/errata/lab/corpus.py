@@ -151,4 +151,4 @@ def hold() -> tuple[str, ...]:
 @cache
 def reference() -> tuple[str, ...]:
     """The lab's reference text for the gate, told from the whole world."""
-    return some(SEEDS["reference"], 8000)
+    return some(SEEDS["reference"], 4000)
