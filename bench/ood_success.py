@@ -1,4 +1,4 @@
-"""50 canonical examples at once on the lab's test facts: success out of distribution against the budget, for every method.
+"""50 canonical examples at once on the lab's test facts: success out of distribution against the budget.
 
 Out of distribution: all phrasings and paragraphs that the examples do not contain; free greedy generation, exact match, old answer absent.
 The curve runs from epsilon 1e-5 to 1e-2; the goal is set at 1e-3, for the better of the methods. A patch is built inside 1e-2 and one
