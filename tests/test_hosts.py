@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -559,21 +560,39 @@ def test_what_an_answer_says(continuation: str, answer: str, says_it: bool) -> N
     assert says(continuation, answer) is says_it
 
 
+def shares(cost: Callable[[float], float], allowed: Callable[[float], bool] = lambda s: True):
+    """`read` of `hosts.furthest` for ten chunks of ten tokens, whose loss of 10 grows by what `cost` says; and what it was asked."""
+    before_N2, tried = torch.tensor([[-10.0, 10.0]] * 10, dtype=torch.float64), []
+
+    def read(s: float) -> tuple[torch.Tensor, bool]:
+        tried.append(s)
+        return torch.stack([before_N2[:, 0] * (1 + cost(s)), before_N2[:, 1]], 1), allowed(s)
+
+    return read, {1.0: read(1.0)[0]}, before_N2, tried
+
+
 @pytest.mark.parametrize("power", [1.0, 1.5, 2.0, 3.0])
 @pytest.mark.parametrize("scale", [1.01, 2.0, 10.0, 300.0])
-def test_the_furthest_point_inside_is_found_in_a_few_looks(power: float, scale: float) -> None:
-    tried = []
-
-    def upper_at(s: float) -> float:
-        tried.append(s)
-        return 1e-3 * scale * s**power
-
-    s = hosts.furthest(upper_at, 1e-3, 1e-3 * scale)
+def test_the_furthest_share_inside_is_found_in_a_few_looks(power: float, scale: float) -> None:
+    read, known, before_N2, tried = shares(lambda s: 1e-3 * scale * s**power)
+    s = hosts.furthest(read, known, before_N2, 1e-3)
     best = scale ** (-1 / power)
-    assert s in tried and 0.7 * best <= s <= best and len(tried) <= 6
+    assert s in tried and 0.9 * best <= s <= best and len(tried) <= (4 if power in (1.0, 2.0, 3.0) else 7)
 
 
-def test_the_furthest_point_where_nothing_is_inside_or_the_end_is_not_a_number() -> None:
-    assert hosts.furthest(lambda s: 1.0, 1e-3, 1.0) == 0.0
-    assert 0 < hosts.furthest(lambda s: math.nan if s > 0.3 else 0.0, 1e-3, math.nan) <= 0.3
-    assert 0.4 < hosts.furthest(lambda s: -1e-4 if s < 0.5 else 1.0, 1e-3, 1.0) < 0.5  # a cliff
+def test_chunks_that_cross_over_at_different_shares_are_foreseen_one_by_one() -> None:
+    """Each is smooth, their sum has a dip: the last crossing of epsilon is looked for."""
+    before_N2, tried = torch.tensor([[-10.0, 10.0]] * 2, dtype=torch.float64), []
+
+    def read(s: float) -> tuple[torch.Tensor, bool]:
+        tried.append(s)
+        return before_N2 - torch.tensor([[0.4 * s**3, 0.0], [0.2 * s**2 - 0.3 * s, 0.0]], dtype=torch.float64), True
+
+    s = hosts.furthest(read, {1.0: read(1.0)[0]}, before_N2, 1e-3)
+    assert 0.9 < s / 0.6907 <= 1.0 and len(tried) <= 4, (s, tried)
+
+
+def test_the_furthest_share_where_nothing_is_inside_or_the_end_is_not_a_number() -> None:
+    assert hosts.furthest(*shares(lambda s: 1.0)[:3], 1e-3) == 0.0
+    assert 0 < hosts.furthest(*shares(lambda s: math.nan if s > 0.3 else 0.0)[:3], 1e-3) <= 0.3
+    assert 0.4 < hosts.furthest(*shares(lambda s: 0.0, lambda s: s < 0.5)[:3], 1e-3) < 0.5  # what it costs is not what bars it

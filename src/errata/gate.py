@@ -124,47 +124,17 @@ def fit(
     tried: dict[float, tuple[Patch, Verdict]] = {}
     steps = iter(progress(range(rounds), "scaling onto the edge of the budget", rounds))
 
-    def upper_at(s: float) -> float:
+    def read(s: float) -> tuple[Float[Tensor, "N 2"], bool]:
         next(steps, None)
         tried[s] = _judge(host, patch, s, budget, base, thorough=True)
-        # a patch may be too costly in other ways too: its norm, its neighbours
-        return tried[s][1].upper if tried[s][1].affordable else max(tried[s][1].upper, 1.05 * budget.epsilon)
+        # it may be too costly in other ways too: its norm, its neighbours
+        verdict = tried[s][1]
+        return torch.cat(base.after[patch.id, s]), verdict.affordable or not verdict.upper <= budget.epsilon
 
-    s = hosts.furthest(
-        upper_at,
-        budget.epsilon,
-        max(whole.upper, 1.05 * budget.epsilon),
-        rounds,
-        lambda low, high: _foreseen(base, patch, budget, low, high),
-    )
+    # whatever budget they were read for
+    known = {s: torch.cat(parts) for (of, s), parts in base.after.items() if of == patch.id and len(parts) == len(base.looks)}
+    s = hosts.furthest(read, known, torch.cat(base.losses), budget.epsilon, QUANTILES[len(base.looks)][-1], rounds)
     return tried.get(s, (patch, whole))
-
-
-def _foreseen(base: Baseline, whole: Patch, budget: Budget, low: float, high: float) -> float | None:
-    """The scale between `low` and `high` whose bound should lie a little inside, 0.0 if none should; None if that cannot be foreseen.
-
-    The loss of each chunk is taken for a parabola through the base and the two nearest scales that were measured, for whatever budget.
-    """
-    known = [(s, torch.cat(parts)) for (patch, s), parts in base.after.items() if patch == whole.id]
-    known.sort(key=lambda point: abs(point[0] - (low + high) / 2))
-    if len(known) < 2:
-        return None
-    (p, at_p), (q, at_q) = known[:2]
-    before_N2 = torch.cat(base.losses)
-    n = min(len(at_p), len(at_q))
-    # what more text would make of the bound, if it went on like this
-    z = QUANTILES[len(base.looks)][-1] * math.sqrt(n / sum(map(len, base.looks)))
-    to_p, to_q = at_p[:n, 0] - before_N2[:n, 0], at_q[:n, 0] - before_N2[:n, 0]
-
-    def upper_at(s: float) -> float:
-        change_N = to_p * s * (s - q) / (p * (p - q)) + to_q * s * (s - p) / (q * (q - p))
-        after_N2 = torch.stack([before_N2[:n, 0] + change_N, before_N2[:n, 1]], dim=1)
-        return hosts.increase(before_N2[:n], after_N2, z)[1]
-
-    # for a narrow ball a change may have to be a thousandth of what it is for a wide one
-    scales = torch.linspace(low, high, 34)[1:-1] if low else high * torch.logspace(-4, 0, 80)[:-1]
-    inside = [s for s in scales.tolist() if upper_at(s) <= 0.95 * budget.epsilon]
-    return max(inside, default=0.0)
 
 
 def require(verdict: Verdict) -> None:

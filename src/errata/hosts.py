@@ -8,7 +8,7 @@ File legend: N texts or pairs, T tokens, V vocabulary.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -582,38 +582,64 @@ def increase(before_N2: Float[Tensor, "N 2"], after_N2: Float[Tensor, "N 2"], z:
 
 
 def furthest(
-    cost_at: Callable[[float], float],
+    read: Callable[[float], tuple[Float[Tensor, "N 2"], bool]],
+    known: Mapping[float, Float[Tensor, "N 2"]],
+    before_N2: Float[Tensor, "N 2"],
     epsilon: float,
-    at_one: float,
+    z: float = 0.0,
     rounds: int = 6,
-    foreseen: Callable[[float, float], float | None] = lambda low, high: None,
 ) -> float:
-    """The largest s in [0, 1) that was found with `cost_at(s) <= epsilon`, 0.0 if none was; `at_one`, over epsilon, is what s = 1 costs.
+    """The largest share s in [0, 1) of a change that was read and found inside, 0.0 if none was.
 
-    `foreseen(low, high)` gives the next s, 0.0 to stop, or None. Then it is guessed: near the base, a minimum, the increase of the loss
-    grows about as s^2, and further off, or for a change that is all damage, as s; the one and then the other while everything tried was
-    outside, then the chord. At .85 epsilon it is good enough.
+    `read(s)` gives the `score` of the N chunks with s of the change on, and whether s is allowed otherwise; it is inside if it is, and if
+    the bound of the increase over `before_N2` at `z` is at most epsilon. `known` are the scores of shares that were read before, at least
+    s = 1, which is outside. Each chunk's log-probability is taken for the polynomial in s that goes through the base and the nearest
+    shares known, up to three of them: the sum over chunks is no simple function of s, but each of them is a smooth one. It ends where the
+    next share would be less than 3 % further.
     """
-    (low, under), (high, over), power = (0.0, 0.0), (1.0, at_one), 0.5
+    points = {s: after_N2 for s, after_N2 in known.items() if after_N2.isfinite().all()}
+    low, high, barred = 0.0, 1.0, False
     for _ in range(rounds):
-        s = foreseen(low, high)
-        if s == 0.0:
+        s = _next_share(points, before_N2, epsilon, z, low, high)
+        if barred or not points:  # its costs say nothing of how far it may go
+            s = min(s or 1.0, (low + high) / 2 if barred else 0.75 * low + 0.25 * high)
+        if s <= 1.03 * low:
             break
-        if s is None:
-            if not math.isfinite(over):
-                s = 0.25 * high + 0.75 * low
-            elif low:
-                s = low + (high - low) * min(0.9, max(0.1, (0.95 * epsilon - under) / (over - under)))
-            else:
-                s, power = high * max(0.1, 0.97 * (epsilon / over) ** power), 1.0
-        found = cost_at(s)
-        if found <= epsilon:
-            low, under = s, found
-            if found > 0.85 * epsilon or high - low < high / 30:
-                break
+        after_N2, allowed = read(s)
+        upper = increase(before_N2, after_N2, z)[1]
+        if after_N2.isfinite().all():
+            points[s] = after_N2
+        if allowed and upper <= epsilon:
+            low = s
         else:
-            high, over = s, found
+            high, barred = s, barred or upper <= epsilon
     return low
+
+
+def _next_share(
+    points: Mapping[float, Float[Tensor, "N 2"]], before_N2: Float[Tensor, "N 2"], epsilon: float, z: float, low: float, high: float
+) -> float:
+    """The share between `low` and `high` whose bound should be a little inside; 0.0 if none should be, or if nothing is known."""
+    near: list[float] = []
+    for p in sorted(points, key=lambda p: abs(p - (low + high) / 2)):
+        if all(abs(p - q) > 0.1 * p for q in near):  # of two that are close the difference is mostly rounding
+            near.append(p)
+    if len(near) == 1:
+        # near the base, a minimum, the increase grows about as s^2; no further than halfway, where the next guess learns most
+        upper = increase(before_N2, points[near[0]], z)[1]
+        return min(0.5, 0.97 * math.sqrt(epsilon / upper)) * near[0] if upper > 0 else 0.5 * near[0]
+    near = near[:3]
+    gains = [points[p][:, 0] - before_N2[:, 0] for p in near]
+
+    def upper_at(s: float) -> float:
+        gain_N = torch.zeros_like(before_N2[:, 0])
+        for p, gain_of_p_N in zip(near, gains, strict=True):
+            gain_N += gain_of_p_N * (s / p) * math.prod((s - q) / (p - q) for q in near if q != p)
+        return increase(before_N2, torch.stack([before_N2[:, 0] + gain_N, before_N2[:, 1]], dim=1), z)[1]
+
+    # for a narrow ball a change may have to be a thousandth of what it is for a wide one
+    shares = torch.linspace(low, high, 100)[1:-1] if low else high * torch.logspace(-4, 0, 200)[:-1]
+    return max((s for s in shares.tolist() if near and upper_at(s) <= 0.95 * epsilon), default=0.0)
 
 
 def fixes(host: Host, examples: Sequence[Example]) -> list[bool]:

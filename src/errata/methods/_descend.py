@@ -42,6 +42,7 @@ PROMPTS = 8  # of each step, at least: where the examples are fewer, each is ask
 CHECK_EVERY = 16  # steps between two measurements of the constraint
 HURT = 0.3  # nats that a held row has lost when it counts as hurt
 LAM_STEP = 1.2  # what the multiplier rises by where the increase is over epsilon, and falls by where it is under half of it
+EDGE = 1500  # documents on which the edge of the ball is sought, at least: the gate reads others, and more
 EACH = 20  # documents for each example, at least: the more is changed, the more may flip
 LOOKS = (150, 500, 1500, 4000)  # documents that it is measured on, never among those whose KL is minimised: no more of them than it takes
 
@@ -316,11 +317,8 @@ class Descent:
         An estimate, not a bound: it steers the descent. What counts is the gate's bound, on other text, and the gate scales what is left.
         """
         after_N2, mean = torch.zeros(0, 2, dtype=torch.float64), math.inf
-        for i, documents in enumerate(self.looks):
-            if i == len(self.checked):
-                self.checked.append(hosts.chunks(self.host, documents))
-                self.before_N2 = torch.cat([self.before_N2, self.reader.score(self.checked[i])])
-            after_N2 = torch.cat([after_N2, self.reader.score(self.checked[i], weights)])
+        for i in range(len(self.looks)):
+            after_N2 = torch.cat([after_N2, self._look(i, weights)])
             if len(after_N2) < 2 or (len(after_N2) < EACH * len(self.examples) and i + 1 < len(self.looks)):
                 continue
             mean, above = hosts.increase(self.before_N2[: len(after_N2)], after_N2, z=1.0)
@@ -328,6 +326,29 @@ class Descent:
             if above <= epsilon or (i > 0 and 2 * mean - above > epsilon):
                 break
         return mean
+
+    @torch.no_grad()
+    def furthest(self, weights: Callable[[float], Weights], epsilon: float) -> float:
+        """The largest s for which `weights(s)`, of a way that begins at the base, costs no more than `epsilon`, as far as can be told: to a
+        standard error on some of the checked documents. 0.0 if none is found."""
+        needed = max(EDGE, EACH * len(self.examples))
+        looks = [i for i in range(len(self.looks)) if i == 0 or LOOKS[i - 1] < needed]
+
+        def read(s: float) -> tuple[Tensor, bool]:
+            at_s = weights(s)
+            return torch.cat([self._look(i, at_s) for i in looks]), True
+
+        end_N2, _ = read(1.0)
+        before_N2 = self.before_N2[: len(end_N2)]
+        inside = hosts.increase(before_N2, end_N2, z=-1.0)[1] <= epsilon
+        return 1.0 if inside else hosts.furthest(read, {1.0: end_N2}, before_N2, epsilon, z=-1.0)
+
+    def _look(self, i: int, weights: Weights) -> Float[Tensor, "N 2"]:
+        """Scores of part i of the checked documents; the base's too, once."""
+        if i == len(self.checked):
+            self.checked.append(hosts.chunks(self.host, self.looks[i]))
+            self.before_N2 = torch.cat([self.before_N2, self.reader.score(self.checked[i])])
+        return self.reader.score(self.checked[i], weights)
 
 
 def _accumulate(loss: Tensor, weights: Iterable[Tensor]) -> None:
@@ -416,7 +437,7 @@ def descend(
             if inside and recent < CONTENT:
                 break
     if recent < best_loss:  # the last point goes furthest towards the examples, and is outside: back to the edge
-        best = _edge(descent, leaves, weights, origin, mean, cost, epsilon) or best
+        best = _edge(descent, leaves, weights, origin, mean, epsilon) or best
     _put(leaves, best)
 
 
@@ -426,20 +447,18 @@ def _edge(
     weights: Callable[[], Weights],
     origin: list[Tensor],
     end: list[Tensor],
-    cost: float,
     epsilon: float,
 ) -> list[Tensor]:
-    """The point furthest on the way from `origin` to `end`, which costs `cost`, that is inside the ball; [] if none is found."""
+    """The point furthest on the way from `origin` to `end` that is inside the ball; [] if none is found."""
 
     def move(s: float) -> list[Tensor]:
         return [torch.lerp(a, b, s) for a, b in zip(origin, end, strict=True)]
 
-    @torch.no_grad()
-    def cost_at(s: float) -> float:
+    def at(s: float) -> Weights:
         _put(leaves, move(s))
-        return descent.cost(weights(), epsilon)
+        return weights()
 
-    s = hosts.furthest(cost_at, epsilon, cost)
+    s = descent.furthest(at, epsilon)
     return move(s) if s else []
 
 

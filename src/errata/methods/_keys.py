@@ -175,16 +175,15 @@ def within(
     ops, weights = solved(lam)
     if len(rows) < 2:
         return ops
-    before_N2, tried = hosts.score(host, rows), {1.0: ops}
-    whole, _ = hosts.increase(before_N2, hosts.score(host, rows, weights))
-    if whole <= epsilon:
+    before_N2, after_N2, tried = hosts.score(host, rows), hosts.score(host, rows, weights), {1.0: ops}
+    if hosts.increase(before_N2, after_N2)[0] <= epsilon:
         return ops
 
-    def cost_at(s: float) -> float:
+    def read(s: float) -> tuple[Float[Tensor, "N 2"], bool]:
         tried[s], weights = solved((1 + lam) / s - 1)
-        return hosts.increase(before_N2, hosts.score(host, rows, weights))[0]
+        return hosts.score(host, rows, weights), True
 
-    s = hosts.furthest(cost_at, epsilon, whole)
+    s = hosts.furthest(read, {1.0: after_N2}, before_N2, epsilon)
     return tried[s or min(tried)]
 
 
