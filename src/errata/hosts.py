@@ -598,7 +598,8 @@ def furthest(
     next share would be less than 3 % further.
     """
     points = {s: after_N2 for s, after_N2 in known.items() if after_N2.isfinite().all()}
-    low, high, barred = 0.0, 1.0, False
+    uppers = {s: increase(before_N2, after_N2, z)[1] for s, after_N2 in points.items()}
+    low, high, barred = 0.0, min((s for s, upper in uppers.items() if upper > epsilon), default=1.0), False
     for _ in range(rounds):
         s = _next_share(points, before_N2, epsilon, z, low, high)
         if barred or not points:  # its costs say nothing of how far it may go
@@ -621,8 +622,9 @@ def _next_share(
 ) -> float:
     """The share between `low` and `high` whose bound should be a little inside; 0.0 if none should be, or if nothing is known."""
     near: list[float] = []
-    for p in sorted(points, key=lambda p: abs(p - (low + high) / 2)):
-        if all(abs(p - q) > 0.1 * p for q in near):  # of two that are close the difference is mostly rounding
+    # both ends of where it must lie, and what is close to the middle
+    for p in sorted(points, key=lambda p: 0.0 if p in (low, high) else abs(p - (low + high) / 2)):
+        if p in (low, high) or all(abs(p - q) > 0.1 * p for q in near):  # of two that are close the difference is mostly rounding
             near.append(p)
     if len(near) == 1:
         # near the base, a minimum, the increase grows about as s^2; no further than halfway, where the next guess learns most
