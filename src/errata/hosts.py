@@ -595,7 +595,7 @@ def furthest(
     the bound of the increase over `before_N2` at `z` is at most epsilon. `known` are the scores of shares that were read before, at least
     s = 1, which is outside. Each chunk's log-probability is taken for the polynomial in s that goes through the base and the nearest
     shares known, up to three of them: the sum over chunks is no simple function of s, but each of them is a smooth one. It ends where the
-    next share would be less than 3 % further.
+    next share would be less than 2 % further.
     """
     points = {s: after_N2 for s, after_N2 in known.items() if after_N2.isfinite().all()}
     uppers = {s: increase(before_N2, after_N2, z)[1] for s, after_N2 in points.items()}
@@ -604,7 +604,7 @@ def furthest(
         s = _next_share(points, before_N2, epsilon, z, low, high)
         if barred or not points:  # its costs say nothing of how far it may go
             s = min(s or 1.0, (low + high) / 2 if barred else 0.75 * low + 0.25 * high)
-        if s <= 1.03 * low:
+        if s <= 1.02 * low:
             break
         after_N2, allowed = read(s)
         upper = increase(before_N2, after_N2, z)[1]

@@ -352,10 +352,8 @@ class Descent:
 
 
 def _accumulate(loss: Tensor, weights: Iterable[Tensor]) -> None:
-    """Adds to the gradients of these alone: `backward` would leave gradients on the host's own parameters."""
-    weights = list(weights)
-    for weight, grad in zip(weights, torch.autograd.grad(loss, weights), strict=True):
-        weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+    """Adds to the gradients of these alone, one after the other: the host's own parameters get none."""
+    loss.backward(inputs=list(weights))  # type: ignore[no-untyped-call]
 
 
 def _gradients(descent: Descent, leaves: Sequence[Tensor], weights: Callable[[], Weights], lam: float) -> float:
@@ -364,6 +362,8 @@ def _gradients(descent: Descent, leaves: Sequence[Tensor], weights: Callable[[],
     The batches' gradients meet at the weights, and what they sum to goes from there to the leaves once: the way between, whitening or a
     product of factors, is the same for all of them, and costs as much as a batch.
     """
+    for leaf in leaves:
+        leaf.grad = None  # else those of the step before would lie beside the new ones
     through = weights()
     met = {name: weight.detach().requires_grad_() for name, weight in through.items()}
     loss = descent.task(met)
@@ -411,7 +411,9 @@ def descend(
     """
     settings, epsilon = descent.settings, run.budget.epsilon
     optimizer = NovoGrad(leaves, rates or [1.0] * len(leaves))
-    origin, mean = _copies(leaves), _copies(leaves)
+    # a leaf that begins at zero, as a shift of all weights does, needs no memory for that
+    origin = [leaf.detach().clone() if leaf.any() else leaf.new_zeros(()).expand_as(leaf) for leaf in leaves]
+    mean = _copies(leaves)
     lam, best, best_loss, recent, cost = settings.lam, origin, math.inf, 0.0, math.inf
     first = settings.lr * math.sqrt(len(descent.examples))  # each example needs a direction of its own
     for step in run.progress(range(settings.steps), "descending", settings.steps):
