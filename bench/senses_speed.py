@@ -1,9 +1,9 @@
 """The two solvers of `senses` on 100 lab examples: fast (each text read once) against faithful (every step through the model).
 
-Both descend the same loss from the same seed, so they come to the same shifts but for rounding; what they come to is judged alike: the
-gate's verdict inside one ball, and success on phrasings and paragraphs that the examples do not contain. The time is that of the whole
-edit, from the examples to the patch, with what both share: reading the text, the model's own sentences, the choice of senses. The time of
-the descent alone is printed beside it.
+Both minimise one objective: the fast one by L-BFGS over all rows, with second orders for those that stay as they are, the faithful one by
+steps on draws of them. What they come to is judged alike: the gate's verdict inside one ball, and success on phrasings and paragraphs that
+the examples do not contain. The time is that of the whole edit, from the examples to the patch, with what both share: reading the text,
+the model's own sentences, the choice of senses. The time of the descent alone is printed beside it.
 """
 
 import time

@@ -23,7 +23,7 @@ from errata.report import Entry, Report
 from errata.types import Budget, Case, InvalidPatch, Patch, Progress, Verdict, no_progress
 
 SHOWN = 6  # rows of the tables in the terminal
-SETTINGS: dict[str, Any] = {"steps": 80, "lr": 0.04, "hold": 32, "searched": 1000, "restated": 24}  # less than the default: it is to take minutes
+SETTINGS: dict[str, Any] = {"steps": 80, "lr": 0.04, "hold": 32, "searched": 1000, "restated": 24}  # it is to take minutes
 # What the fresh process does: it knows the name of the model and the file.
 FRESH = """
 import json, sys

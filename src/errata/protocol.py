@@ -207,8 +207,16 @@ def _lora(trial: "Trial") -> dict[str, Any]:
 
 
 def _senses(trial: "Trial") -> dict[str, Any]:
-    own = {"k": trial.suggest_int("k", 5, 12), "against": trial.suggest_float("against", 10**2, 10**3.5, log=True)}
-    return _descent(trial, (24, 96), (0.03, 0.4)) | own
+    return {
+        "within": trial.suggest_categorical("within", EPSILONS),
+        "k": trial.suggest_int("k", 5, 12),
+        "against": trial.suggest_float("against", 10**2, 10**3.5, log=True),
+        "ridge": trial.suggest_float("ridge", 1.0, 100.0, log=True),
+        "lam": trial.suggest_float("lam", 100.0, 10**4, log=True),
+        "contexts": trial.suggest_int("contexts", 0, 1),
+        "neighbours": trial.suggest_int("neighbours", 0, 2),
+        "restated": trial.suggest_int("restated", 0, 8, step=4),
+    }
 
 
 def _memit(trial: "Trial") -> dict[str, Any]:

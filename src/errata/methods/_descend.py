@@ -203,12 +203,13 @@ class Through:
 @final
 class Descent:
     """What is prepared once for a descent, and the two gradients of a step. `ways`, where it is given, are the prompts that each example
-    is asked with; else they are drawn anew in each step."""
+    is asked with; else they are drawn anew in each step. `prior` is what else the weights cost, in nats per token of held text."""
 
     def __init__(self, host: Host, examples: Sequence[Example], run: Run, settings: Settings) -> None:
         self.host, self.settings, self.rng = host, settings, random.Random(run.seed)
         self.reader: Reader = Through(host=host)
         self.ways: list[list[str]] = []
+        self.prior: Callable[[Weights], Tensor] | None = None
         self.examples = sorted(examples, key=lambda e: e.id)  # any order gives the same patch
         given = run.hold or text.sampled(host, seed=run.seed)
         seen = text.document_counts(given)
@@ -295,6 +296,8 @@ class Descent:
             kl = kl_sum(*self.reader.both([rows[i] for i in group], weights)) / tokens
             _accumulate(lam * kl, weights.values())
             total += kl.item()
+        if self.prior:
+            _accumulate(lam * self.prior(weights), weights.values())
         return total
 
     @torch.no_grad()

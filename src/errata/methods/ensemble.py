@@ -40,14 +40,15 @@ class Ensemble(Method):
     beta: float = 1.0
     k: int = 10
     against: float = 1000.0
+    ridge: float = 10.0
     steps: int = 144
     lr: float = 0.1
-    lam: float = 100.0
+    lam: float = 1000.0
     contexts: int = 1
     restated: int = 8
     neighbours: int = 8
     hold: int = 64
-    searched: int = 0
+    searched: int = 4000
     batch_size: int = 64
 
     def __post_init__(self) -> None:

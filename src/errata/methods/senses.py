@@ -3,14 +3,19 @@
     C'(v)_l          = C(v)_l + Delta_(v,l)                                   for the chosen (v, l) alone, everything else is frozen
     logits_t(Delta)  = E (o_t + sum_(v,l) a_t,(v,l) Delta_(v,l)),             a_t,(v,l) = sum over j <= t with x_j = v of alpha_l,t,j
     chosen           = of each example the k largest  S(v,l) - against * S_background(v,l),   S = sum of a_t over the scored t
+    Delta            = argmin  mean of L_goal + lam * (KL per token of held text + ridge * mean(A_mm) * sum of Delta_m^T G Delta_m / 2)
+    A_mn             = sum over places of a_t,m a_t,n / tokens,     G = mean over places of E^T (diag p_t - p_t p_t^T) E
 
 Hewitt et al. 2024, arXiv 2402.06155 (sense finetuning; S for two continuations: equation 9), on the Backpack of Hewitt et al. 2023, arXiv
-2305.16765. The descent inside the ball is that of `finetune`, on Delta alone.
+2305.16765. The ridge is ours: held text tells little of senses that it seldom uses, and with it they move as if it used them more.
 
-Neither the hidden states nor alpha depend on the sense vectors. So each row of text is read once, before the descent: o_t and the few
-a_t,(v,l) at the places that see a chosen token. From then on the losses, KL and their gradients are functions of Delta (M, D) and of those,
-and no transformer runs; places that see no chosen token cannot move, and cost nothing. `faithful` runs every step through the model
-instead, which comes to the same numbers.
+Neither the hidden states nor alpha depend on the sense vectors. So each row of text is read once: o_t and the few a_t,(v,l) at the places
+that see a chosen token. From then on the losses, KL and their gradients are functions of Delta (M, D) and of those, and no transformer
+runs; places that see no chosen token cannot move, and cost nothing. `raise`, KL and the ridge are convex in Delta, `balance` is where both
+answers are single tokens: one optimum, which L-BFGS finds (`minimise`; near enough where `balance` has its kink). Of the held rows it has
+the KL of those alone that some point on its way has hurt; that of the many others is taken for its second order, tr(G Delta^T A Delta) / 2,
+with one G for all places (as in K-FAC, Martens & Grosse 2015, arXiv 1503.05671). lam is sought so that the point lies inside the ball.
+`faithful` is the loop as published: it descends the same loss in small draws of rows, every step through the model.
 
 Unlike model-editing-canonical-examples@15a1e7b:
 * `prefer` adds the masses of both continuations, as equation 9 has it; the code subtracts them, and where both begin in one context, which
@@ -23,6 +28,8 @@ chosen sense, Z pairs of such a place and an occurrence of a chosen sense before
 """
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import final
@@ -33,7 +40,7 @@ from torch import Tensor, nn
 
 from errata import hosts
 from errata.hosts import Host, Weights
-from errata.methods._descend import Descent, Row, Settings, Through, descend
+from errata.methods._descend import Descent, Row, Settings, Through, descend, goal_losses, kl_sum
 from errata.types import Example, InvalidExample, Method, Patch, Run
 from errata.types import Senses as Op
 
@@ -41,52 +48,68 @@ CHUNK = 500  # tokens of a published background text
 BACKGROUND = 1000  # rows of held text, at most, whose mass is counted
 PLACES = 256  # whose logits are found at once where nothing has to be kept for a gradient
 WAYS = 8  # prompts of each example that are read: its own, and others as in `finetune`
+READ = 3000  # held rows with a chosen token in them that are read, at most
+ROUNDS, LAM_STEP = 6, 4.0  # values of lam that are tried, at most; how far apart while only one side of the edge is known
+ITERATIONS = 30  # of L-BFGS for each of them
+SAMPLED = 2048  # places that G is the mean over, at most
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Senses(Method):
-    """k sense vectors for each example; `against` weighs their use in other text; `faithful` reads through the model; the rest as in
-    `finetune`, but `lr` is a share of the mean length of the chosen vectors."""
+    """k sense vectors for each example; `against` weighs their use in other text. lam, ridge: see above. `faithful` runs the
+    published loop, for which `steps`, `lr` (a share of the mean length of the chosen vectors), `hold` and `batch_size` are; the rest as in
+    `finetune`.
+    """
 
     k: int = 10
     against: float = 1000.0
+    ridge: float = 10.0
     faithful: bool = False
     steps: int = 144
     lr: float = 0.1
-    lam: float = 100.0
+    lam: float = 1000.0
     contexts: int = 1
     restated: int = 8
     neighbours: int = 8
     hold: int = 64
-    searched: int = 0
+    searched: int = 4000
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.k < 1 or not self.against >= 0:
-            raise InvalidExample(f"senses needs a k of 1 or more and against of 0 or more, got {self.k} and {self.against}.")
+        if self.k < 1 or not self.against >= 0 or not self.ridge > 0:
+            told = f"{self.k}, {self.against} and {self.ridge}"
+            raise InvalidExample(f"senses needs a k of 1 or more, against of 0 or more and a ridge over 0, got {told}.")
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         name = hosts.senses_of(host)
-        descent, ids_M, senses_M = prepared(self, host, examples, run)
+        descent, quadratic, ids_M, senses_M = prepared(self, host, examples, run)
         with torch.no_grad():
-            C_MD = host.model.senses(ids_M)[torch.arange(len(ids_M), device=ids_M.device), senses_M].float()
-        shift_MD = torch.zeros_like(C_MD, requires_grad=True)
-        descend(descent, run, [shift_MD], lambda: {name: shift_MD}, [float(C_MD.norm(dim=1).mean())])
-        op = Op(weight=name, ids=ids_M.cpu(), senses=senses_M.cpu(), shift=shift_MD.detach().cpu().clone())
+            C_MD = host.model.senses(ids_M)[torch.arange(len(ids_M), device=ids_M.device), senses_M]
+        shift_MD = torch.zeros_like(C_MD, dtype=torch.promote_types(C_MD.dtype, torch.float32), requires_grad=True)
+        if self.faithful:
+            descend(descent, run, [shift_MD], lambda: {name: shift_MD}, [float(C_MD.float().norm(dim=1).mean())])
+        else:
+            shift_MD = minimise(descent, quadratic, run, shift_MD)
+        op = Op(weight=name, ids=ids_M.cpu(), senses=senses_M.cpu(), shift=shift_MD.detach().float().cpu().clone())
         return Patch(method="senses", config=self.config, parent=host.id, examples=tuple(examples), ops=(op,))
 
 
-def prepared(made: Senses, host: Host, examples: Sequence[Example], run: Run) -> tuple[Descent, Int[Tensor, "M"], Int[Tensor, "M"]]:
-    """The descent with everything read, and the tokens and senses that are to move."""
-    own = ("k", "against", "faithful")
+def prepared(
+    made: Senses, host: Host, examples: Sequence[Example], run: Run
+) -> tuple[Descent, "Quadratic", Int[Tensor, "M"], Int[Tensor, "M"]]:
+    """The descent with everything read, what moving costs, and the tokens and senses that are to move."""
+    own = ("k", "against", "ridge", "faithful")
     settings = Settings(damping=None, **{k: v for k, v in made.config.items() if k not in own})
     descent = Descent(host, examples, run, settings)
     background = descent.rng.sample(descent.held, k=min(len(descent.held), BACKGROUND))
     ids_M, senses_M = choose(host, descent.examples, background, made.k, made.against)
     narrow(descent, set(ids_M.tolist()))
-    descent.reader = Whole(host, ids_M, senses_M) if made.faithful else Cached(host, ids_M, senses_M, known_rows(descent))
-    return descent, ids_M, senses_M
+    cached = Cached(host, ids_M, senses_M, known_rows(descent))
+    descent.reader = Whole(host, ids_M, senses_M) if made.faithful else cached
+    quadratic = Quadratic(cached, descent.pool, len(ids_M), made.ridge)
+    descent.prior = quadratic.ridge
+    return descent, quadratic, ids_M, senses_M
 
 
 # ------------------------------------------------------------------------------------------------------------------------ selection
@@ -140,16 +163,17 @@ def _predicting(batch: hosts.Batch) -> Tensor:
 
 
 def narrow(descent: Descent, tokens: set[int]) -> None:
-    """Fixes the prompts, and keeps of the held rows those that hold one of `tokens`: the KL of the others is 0 whatever moves, so they
-    count only in the share that those that are left are weighed with."""
+    """Fixes the prompts, and keeps of the held rows up to `READ` that hold one of `tokens`: the KL of the others is 0 whatever moves, so
+    they count only in the share that those that are left are weighed with."""
     descent.ways = [
         [e.prompt, *(descent.prompt(e, others) for _ in range(WAYS - 1))]
         for e, others in zip(descent.examples, descent.others, strict=True)
     ]
     whole = sum(len(ids) - 1 for ids, _ in descent.pool)
-    descent.pool = [row for row in descent.pool if not tokens.isdisjoint(row[0][:-1])]
+    pool = [row for row in descent.pool if not tokens.isdisjoint(row[0][:-1])]
+    share = sum(len(ids) - 1 for ids, _ in pool) / max(1, whole)
+    descent.pool = descent.rng.sample(pool, k=min(len(pool), READ))
     descent.pool_N2 = descent.pool_N2[: len(descent.pool)]
-    share = sum(len(ids) - 1 for ids, _ in descent.pool) / max(1, whole)
     descent.settings = replace(descent.settings, lam=descent.settings.lam * share)
 
 
@@ -158,6 +182,138 @@ def known_rows(descent: Descent) -> Iterable[Row]:
     for e, ways in zip(descent.examples, descent.ways, strict=True):
         yield from (hosts.encode(descent.host, prompt, answer) for prompt in ways for answer in answers(e))
     yield from descent.pool
+
+
+# -------------------------------------------------------------------------------------------------------------------------- solving
+
+
+@final
+class Quadratic:
+    """The KL per token of `rows` to second order, tr(G Delta^T A Delta) / 2, and the ridge."""
+
+    @torch.no_grad()
+    def __init__(self, reader: "Cached", rows: Sequence[Row], M: int, ridge: float) -> None:
+        seen, E_VD = reader._find(rows), reader.E_VD
+        out_PD = torch.cat([s.out_PD for s in seen]) if seen else E_VD[:0]
+        self.G_DD, self.A_MM = E_VD.new_zeros(E_VD.shape[1], E_VD.shape[1]), E_VD.new_zeros(M, M)
+        sampled_PD = out_PD[:: -(-len(out_PD) // SAMPLED) or 1]
+        for o_PD in torch.split(sampled_PD, PLACES):
+            p_PV = (o_PD @ E_VD.T).softmax(-1)
+            mean_PD = p_PV @ E_VD
+            self.G_DD += ((E_VD.T * p_PV.sum(0)) @ E_VD - mean_PD.T @ mean_PD) / len(sampled_PD)
+        for group in _gathered(range(len(seen)), [len(s.target_P) for s in seen], SAMPLED):
+            part = [seen[i] for i in group]
+            place_Z, sense_Z, alpha_Z = _met(part)
+            a_PM = E_VD.new_zeros(sum(len(s.target_P) for s in part), M).index_put_((place_Z, sense_Z), alpha_Z, accumulate=True)
+            self.A_MM += a_PM.T @ a_PM
+        self.A_MM /= max(1, sum(len(ids) - 1 for ids, _ in rows))
+        self.weight = float(ridge * self.A_MM.diagonal().mean()) or ridge
+
+    def ridge(self, weights: Weights) -> Tensor:
+        """ridge / 2 * mean(A_mm) * sum over m of Delta_m^T G Delta_m."""
+        (shift_MD,) = weights.values()
+        cost: Tensor = 0.5 * self.weight * ((shift_MD @ self.G_DD.to(shift_MD.dtype)) * shift_MD).sum()
+        return cost
+
+    def gradient(self, shift_MD: Float[Tensor, "M D"], alone: bool) -> tuple[float, Float[Tensor, "M D"]]:
+        """The value and the gradient of both; of the ridge `alone`."""
+        moved_MD = self.weight * shift_MD if alone else self.A_MM @ shift_MD + self.weight * shift_MD
+        grad_MD = moved_MD @ self.G_DD
+        return 0.5 * float((shift_MD * grad_MD).sum()), grad_MD
+
+    def coordinates(self) -> tuple[Float[Tensor, "M"], Float[Tensor, "D D"]]:
+        """s, R: for Delta = s x R what this costs is about |x|^2 / 2."""
+        e_D, U_DD = torch.linalg.eigh(self.G_DD)
+        least = 0.05 * e_D.mean() + torch.finfo(e_D.dtype).tiny
+        R_DD: Tensor = (U_DD * (e_D.clamp(min=0) + least).rsqrt()) @ U_DD.T
+        return (self.A_MM.diagonal() + self.weight).rsqrt(), R_DD
+
+
+@final
+class Problem:
+    """What is minimised, over fixed rows: every way of asking each example, and the held rows. `hurt` are those of the latter whose KL is
+    taken as it is; that of the others to second order. With `whole` it is that of all of them."""
+
+    def __init__(self, descent: Descent, quadratic: Quadratic, whole: bool = False) -> None:
+        assert isinstance(descent.reader, Cached)
+        self.descent, self.reader, self.quadratic, self.whole = descent, descent.reader, quadratic, whole
+        asked = Counter((prompt, e) for e, ways in zip(descent.examples, descent.ways, strict=True) for prompt in ways)
+        self.examples = [e for _, e in asked]
+        self.rows = [hosts.encode(descent.host, prompt, e.target) for prompt, e in asked]
+        self.contrasts = [hosts.encode(descent.host, prompt, e.contrast or e.target) for prompt, e in asked]
+        like = self.reader.E_VD
+        self.tokens_N = like.new_tensor([float(len(ids) - max(given, 1)) for ids, given in self.rows])
+        self.share_N = like.new_tensor([count / asked.total() for count in asked.values()])
+        self.held_tokens = sum(len(ids) - 1 for ids, _ in descent.pool)
+        self.hurt = list(range(len(descent.pool))) if whole else []
+
+    def gradient(self, shift_MD: Float[Tensor, "M D"], lam: float) -> tuple[float, float, Float[Tensor, "M D"]]:
+        """(mean loss of the examples, the whole objective, its gradient)."""
+        leaf_MD = shift_MD.detach().requires_grad_()
+        weights = {"shift": leaf_MD}
+        logp_N = contrast_N = self.reader.logp(self.rows, weights)
+        if any(e.contrast for e in self.examples):
+            contrast_N = self.reader.logp(self.contrasts, weights)
+        task = (self.share_N * goal_losses(logp_N, contrast_N, self.tokens_N, self.examples)).sum()
+        (grad_MD,) = torch.autograd.grad(task, leaf_MD)
+        quiet, more_MD = self.quadratic.gradient(shift_MD, alone=self.whole)
+        objective, grad_MD = task.item() + lam * quiet, grad_MD + lam * more_MD
+        pool = [self.descent.pool[i] for i in self.hurt]
+        for group in _gathered(range(len(pool)), [len(s.target_P) for s in self.reader._find(pool)], SAMPLED):
+            kl = kl_sum(*self.reader.both([pool[i] for i in group], weights)) / self.held_tokens
+            objective += lam * kl.item()
+            grad_MD = grad_MD + lam * torch.autograd.grad(kl, leaf_MD)[0]
+        return task.item(), objective, grad_MD
+
+    def solve(self, shift_MD: Float[Tensor, "M D"], lam: float, iterations: int = ITERATIONS) -> tuple[Float[Tensor, "M D"], float]:
+        """(the optimum for this lam, or what so many iterations of L-BFGS from `shift_MD` come to; the mean loss of the examples there)."""
+        scale_M, R_DD = self.quadratic.coordinates()
+        x_MD = torch.linalg.solve(R_DD, shift_MD.detach() / scale_M[:, None], left=False).requires_grad_()
+        task = math.nan
+
+        def shift() -> Float[Tensor, "M D"]:
+            shift_MD: Tensor = scale_M[:, None] * (x_MD.detach() @ R_DD)
+            return shift_MD
+
+        def closure() -> float:
+            nonlocal task
+            task, objective, grad_MD = self.gradient(shift(), lam)
+            x_MD.grad = scale_M[:, None] * (grad_MD @ R_DD)
+            return objective
+
+        solver = torch.optim.LBFGS([x_MD], max_iter=iterations, history_size=iterations, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+        solver.step(closure)  # type: ignore[no-untyped-call]
+        return shift(), task
+
+
+def minimise(descent: Descent, quadratic: Quadratic, run: Run, shift_MD: Float[Tensor, "M D"]) -> Float[Tensor, "M D"]:
+    """The shifts of the least loss of the examples that lie inside the ball, of those that minimise the objective for some lam."""
+    problem, epsilon = Problem(descent, quadratic), run.budget.epsilon
+    best, best_loss, loss, cost = torch.zeros_like(shift_MD), math.inf, math.inf, 0.0
+    lam, outside, inside = descent.settings.lam, 0.0, math.inf  # the largest lam that was outside, the smallest that was inside
+    for _ in run.progress(range(ROUNDS), "solving", ROUNDS):
+        shift_MD, loss = problem.solve(shift_MD, lam)
+        weights = {"shift": shift_MD}
+        cost = descent.cost(weights, epsilon)
+        descent.search(weights)
+        hurt = {*problem.hurt, *descent.hurt}
+        more = len(hurt) - len(problem.hurt)
+        problem.hurt = sorted(hurt)
+        if cost <= epsilon and loss < best_loss:
+            best, best_loss = shift_MD, loss
+        if not cost <= epsilon and more:
+            outside = 0.0  # with their KL in it the same lam may be inside
+        elif not cost <= epsilon:
+            outside = lam
+            lam = lam * LAM_STEP if math.isinf(inside) else math.sqrt(lam * inside)
+        elif cost < epsilon / 2 and loss > 0:
+            inside = lam
+            lam = math.sqrt(lam * outside) if outside else lam / LAM_STEP
+        else:
+            break
+    if not cost <= epsilon and loss < best_loss and (s := descent.furthest(lambda s: {"shift": s * shift_MD}, epsilon)):
+        best = s * shift_MD
+    return best
 
 
 # -------------------------------------------------------------------------------------------------------------------------- reading
@@ -226,10 +382,7 @@ class Cached:
         out_PD = torch.cat([s.out_PD for s in seen])
         if weights is not None:
             (shift_MD,) = weights.values()
-            counts = _counts(seen).tolist()
-            starts = list(itertools.accumulate(counts, initial=0))[:-1]
-            place_Z = torch.cat([s.place_Z + start for s, start in zip(seen, starts, strict=True)])
-            alpha_Z, sense_Z = torch.cat([s.alpha_Z for s in seen]), torch.cat([s.sense_Z for s in seen])
+            place_Z, sense_Z, alpha_Z = _met(seen)
             # the backward of an embedding is much faster than that of indexing
             out_PD = out_PD.index_add(0, place_Z, alpha_Z[:, None] * nn.functional.embedding(sense_Z, shift_MD).to(out_PD.dtype))
         return out_PD @ self.E_VD.T
@@ -241,14 +394,21 @@ class Cached:
         return [self.seen[given, *ids] for ids, given in rows]
 
 
-def _gathered(rows: Sequence[int], places: Sequence[int]) -> Iterator[list[int]]:
-    """Runs of `rows` that have `PLACES` places together, or a few more."""
+def _met(seen: Sequence[Seen]) -> tuple[Tensor, Tensor, Tensor]:
+    """(Z,) places, counted through all of `seen`, senses and weights."""
+    starts = list(itertools.accumulate(_counts(seen).tolist(), initial=0))[:-1]
+    place_Z = torch.cat([s.place_Z + start for s, start in zip(seen, starts, strict=True)])
+    return place_Z, torch.cat([s.sense_Z for s in seen]), torch.cat([s.alpha_Z for s in seen])
+
+
+def _gathered(rows: Sequence[int], places: Sequence[int], most: int = PLACES) -> Iterator[list[int]]:
+    """Runs of `rows` that have `most` places together, or a few more."""
     group: list[int] = []
     count = 0
     for row, more in zip(rows, places, strict=True):
         group.append(row)
         count += more
-        if count >= PLACES:
+        if count >= most:
             yield group
             group, count = [], 0
     if group:
