@@ -240,7 +240,7 @@ def test_a_model_that_nobody_here_trained_is_fixed_inside_the_ball(stories: Host
     prompt, target = "The fish swam in the", " sea"
     assert not hosts.says(hosts.greedy(stories, [prompt])[0], target)
     patch, verdict = build.edit(stories, [f"{prompt}|{target}"], epsilon=1e-3, steps=20, hold=32, neighbours=4)
-    assert verdict.passed and verdict.tokens > 8_000 and verdict.scale == 1.0, verdict
+    assert verdict.passed and verdict.tokens > 8_000 and verdict.scale > 0.5, verdict
     with apply.applied(stories, patch):
         assert hosts.says(hosts.greedy(stories, [prompt])[0], target)
     assert not hosts.says(hosts.greedy(stories, [prompt])[0], target)

@@ -281,7 +281,7 @@ class Problem:
             x_MD.grad = scale_M[:, None] * (grad_MD @ R_DD)
             return objective
 
-        solver = torch.optim.LBFGS([x_MD], max_iter=iterations, history_size=iterations, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+        solver = torch.optim.LBFGS([x_MD], max_iter=iterations, history_size=iterations, tolerance_grad=0, tolerance_change=1e-12, line_search_fn="strong_wolfe")
         solver.step(closure)  # type: ignore[no-untyped-call]
         return shift(), task
 
