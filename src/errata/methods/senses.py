@@ -281,7 +281,15 @@ class Problem:
             x_MD.grad = scale_M[:, None] * (grad_MD @ R_DD)
             return objective
 
-        solver = torch.optim.LBFGS([x_MD], max_iter=iterations, history_size=iterations, tolerance_grad=0, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+        # no tolerances: they are absolute, and where little is to be gained they would end it at the first step
+        solver = torch.optim.LBFGS(
+            [x_MD],
+            max_iter=iterations,
+            history_size=iterations,
+            tolerance_grad=0.0,
+            tolerance_change=1e-12,
+            line_search_fn="strong_wolfe",
+        )
         solver.step(closure)  # type: ignore[no-untyped-call]
         return shift(), task
 
