@@ -25,7 +25,7 @@ from _bench import arguments, emit
 
 from errata import methods
 
-STEPS = 10  # the constraint is checked once, and nothing grows with more of them
+STEPS = 10  # the constraint is checked once; what the allocator keeps grows with more of them (docs/log.md)
 
 
 def resident(field: str) -> int:

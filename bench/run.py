@@ -34,14 +34,16 @@ def main() -> int:
         done = subprocess.run([sys.executable, str(scripts[name]), "--json", *options], stdout=subprocess.PIPE, text=True)
         if done.returncode:
             failed.append(name)
-        taken = f"{datetime.date.today()}, {os.cpu_count()} cores ({platform.machine()}){', ' + ' '.join(options) if options else ''}"
+        # where the data lies is nobody else's business
+        shown = ["DIR" if last == "--data" else word for last, word in zip(["", *options], options, strict=False)]
+        taken = f"{datetime.date.today()}, {os.cpu_count()} cores ({platform.machine()}){', ' + ' '.join(shown) if shown else ''}"
         rows[name] = []
         for line in done.stdout.splitlines():
             row = json.loads(line)
             print(line, flush=True)
-            shown = "none" if row["value"] is None else f"{row['value']:.4g}"
+            value = "none" if row["value"] is None else f"{row['value']:.4g}"
             holds = {True: "yes", False: "**no**", None: ""}[row["holds"]]
-            rows[name].append(f"| {name} | {row['name']} | {shown} | {row['goal'] or ''} | {holds} | {row['how']}; {taken} |")
+            rows[name].append(f"| {name} | {row['name']} | {value} | {row['goal'] or ''} | {holds} | {row['how']}; {taken} |")
         table = [BEGIN, *HEAD, *(line for name in scripts for line in rows[name]), END]
         NUMBERS.write_text(before + "\n".join(table) + after)  # each time: the next script may take an hour
     for name in failed:
