@@ -21,7 +21,7 @@ from errata.types import Example, InvalidExample, Method
 COPIES = 5  # float32 each: the trained part, its gradient, momentum, running mean and best point
 SAMPLED = (384, 96)  # documents that `text.sampled` draws where there is no reference text, and their tokens
 # tokens, steps and documents, as in text.py, hosts.py and methods/
-CHUNK, PREFIX, NEIGHBOUR, ANSWER, CHECK_EVERY, CHECKED, TRIED, PASS = 128, 40, 24, 12, 16, 1000, 600, 1024
+CHUNK, PREFIX, NEIGHBOUR, ANSWER, CHECK_EVERY, CHECKED, TRIED, PASS = 128, 40, 24, 12, 16, 1000, 600, 512
 
 
 def estimate(host: Host, examples: Sequence[Example], made: Method, reference: Path | None) -> tuple[dict[str, Any], Table]:

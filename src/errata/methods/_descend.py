@@ -33,7 +33,7 @@ from errata.types import Example, Run
 Row = tuple[list[int], int]
 MARGIN = math.log(16)  # `prefer` is content when the target is 16 times as likely as the contrast (Hewitt et al. 2024, table 1)
 KEYS, EIGENVECTORS = 512, 256  # how many rows C is estimated from at most, and how many of its directions are kept
-PASS = 1024  # tokens that go through the model at once where gradients are taken: more would leave the caches
+PASS = 512  # tokens that go through the model at once where gradients are taken: more take memory, and no less time on a CPU
 CACHED = 1 << 18  # logits that a processor keeps near
 AVERAGE = 0.95  # decay of the running mean of the leaves
 ENOUGH = 0.3  # nats; `raise` is content when the whole target has p = .74, for then every token of it is what is said
