@@ -27,7 +27,8 @@ def columns() -> tuple[Column, ...]:
     plain = [("finetune", False), ("lora", False), ("memit", False), ("memit", True)]
     found = [Column(host="lab/neox", method=m, subjects=s) for m, s in plain]
     if (hosts.LAB_MODELS / "backpack").is_dir():
-        found += [Column(host="lab/backpack", method=m) for m in ("finetune", "lora", "senses")]
+        found += [Column(host="lab/backpack", method="senses"), Column(host="lab/neox", method="ensemble")]
+        found += [Column(host="lab/backpack", method=m) for m in ("finetune", "lora")]
     return tuple(found)
 
 

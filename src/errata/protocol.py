@@ -219,6 +219,10 @@ def _senses(trial: "Trial") -> dict[str, Any]:
     }
 
 
+def _ensemble(trial: "Trial") -> dict[str, Any]:
+    return _senses(trial) | {"beta": trial.suggest_categorical("beta", (1.0, 2.0))}
+
+
 def _memit(trial: "Trial") -> dict[str, Any]:
     return {
         "clamp": trial.suggest_float("clamp", 10**-1.35, 1.0, log=True),
@@ -243,7 +247,7 @@ def _published_lora(trial: "Trial") -> dict[str, Any]:
 
 # fixed: ours, and small, so that a trial takes seconds on the lab's models. faithful: the paper's, appendix B
 SPACES: dict[Mode, dict[str, Space]] = {
-    "fixed": {"finetune": _finetune, "lora": _lora, "memit": _memit, "senses": _senses},
+    "fixed": {"finetune": _finetune, "lora": _lora, "memit": _memit, "senses": _senses, "ensemble": _ensemble},
     "faithful": {"finetune": _published_full, "lora": _published_lora},
 }
 MODES = tuple(SPACES)

@@ -331,20 +331,25 @@ class Descent:
         return mean
 
     @torch.no_grad()
-    def furthest(self, weights: Callable[[float], Weights], epsilon: float) -> float:
-        """The largest s for which `weights(s)`, of a way that begins at the base, costs no more than `epsilon`, as far as can be told: to a
-        standard error on some of the checked documents. 0.0 if none is found."""
-        needed = max(EDGE, EACH * len(self.examples))
-        looks = [i for i in range(len(self.looks)) if i == 0 or LOOKS[i - 1] < needed]
+    def upper(self, weights: Weights, z: float) -> float:
+        """The relative loss increase on some of the checked documents, and `z` standard errors more."""
+        after_N2 = self._edge(weights)
+        return hosts.increase(self.before_N2[: len(after_N2)], after_N2, z)[1]
 
-        def read(s: float) -> tuple[Tensor, bool]:
-            at_s = weights(s)
-            return torch.cat([self._look(i, at_s) for i in looks]), True
-
-        end_N2, _ = read(1.0)
+    @torch.no_grad()
+    def furthest(self, weights: Callable[[float], Weights], epsilon: float, z: float = -1.0) -> float:
+        """The largest s for which `upper` of `weights(s)`, of a way that begins at the base, is no more than `epsilon`, as far as can be
+        told. 0.0 if none is found."""
+        end_N2 = self._edge(weights(1.0))
         before_N2 = self.before_N2[: len(end_N2)]
-        inside = hosts.increase(before_N2, end_N2, z=-1.0)[1] <= epsilon
-        return 1.0 if inside else hosts.furthest(read, {1.0: end_N2}, before_N2, epsilon, z=-1.0)
+        if hosts.increase(before_N2, end_N2, z)[1] <= epsilon:
+            return 1.0
+        return hosts.furthest(lambda s: (self._edge(weights(s)), True), {1.0: end_N2}, before_N2, epsilon, z)
+
+    def _edge(self, weights: Weights) -> Float[Tensor, "N 2"]:
+        """Scores of the checked documents that the edge of the ball is sought on."""
+        needed = max(EDGE, EACH * len(self.examples))
+        return torch.cat([self._look(i, weights) for i in range(len(self.looks)) if i == 0 or LOOKS[i - 1] < needed])
 
     def _look(self, i: int, weights: Weights) -> Float[Tensor, "N 2"]:
         """Scores of part i of the checked documents; the base's too, once."""

@@ -49,7 +49,10 @@ BACKGROUND = 1000  # rows of held text, at most, whose mass is counted
 PLACES = 256  # whose logits are found at once where nothing has to be kept for a gradient
 WAYS = 8  # prompts of each example that are read: its own, and others as in `finetune`
 READ = 3000  # held rows with a chosen token in them that are read, at most
-ROUNDS, LAM_STEP = 6, 4.0  # values of lam that are tried, at most; how far apart while only one side of the edge is known
+ROUNDS, LAM_STEP = 8, 4.0  # values of lam that are tried, at most; how far apart while only one side of the edge is known
+WIDE = 1e-3  # the ball that lam is for: where it is narrower, the search begins at a larger one
+SAFE = 1.0  # standard errors that the edit stays inside the ball: what the gate has to scale loses most of what it did
+EDGE = 0.65  # share of the ball that is near enough to its edge
 ITERATIONS = 30  # of L-BFGS for each of them
 SAMPLED = 2048  # places that G is the mean over, at most
 
@@ -298,11 +301,12 @@ def minimise(descent: Descent, quadratic: Quadratic, run: Run, shift_MD: Float[T
     """The shifts of the least loss of the examples that lie inside the ball, of those that minimise the objective for some lam."""
     problem, epsilon = Problem(descent, quadratic), run.budget.epsilon
     best, best_loss, loss, cost = torch.zeros_like(shift_MD), math.inf, math.inf, 0.0
-    lam, outside, inside = descent.settings.lam, 0.0, math.inf  # the largest lam that was outside, the smallest that was inside
+    lam = descent.settings.lam * math.sqrt(max(1.0, WIDE / epsilon))
+    outside, inside = 0.0, math.inf  # the largest lam that was outside, the smallest that was inside
     for _ in run.progress(range(ROUNDS), "solving", ROUNDS):
         shift_MD, loss = problem.solve(shift_MD, lam)
         weights = {"shift": shift_MD}
-        cost = descent.cost(weights, epsilon)
+        cost = descent.upper(weights, SAFE)
         descent.search(weights)
         hurt = {*problem.hurt, *descent.hurt}
         more = len(hurt) - len(problem.hurt)
@@ -314,12 +318,12 @@ def minimise(descent: Descent, quadratic: Quadratic, run: Run, shift_MD: Float[T
         elif not cost <= epsilon:
             outside = lam
             lam = lam * LAM_STEP if math.isinf(inside) else math.sqrt(lam * inside)
-        elif cost < epsilon / 2 and loss > 0:
+        elif cost < EDGE * epsilon and loss > 0:
             inside = lam
             lam = math.sqrt(lam * outside) if outside else lam / LAM_STEP
         else:
             break
-    if not cost <= epsilon and loss < best_loss and (s := descent.furthest(lambda s: {"shift": s * shift_MD}, epsilon)):
+    if not cost <= epsilon and loss < best_loss and (s := descent.furthest(lambda s: {"shift": s * shift_MD}, epsilon, SAFE)):
         best = s * shift_MD
     return best
 
