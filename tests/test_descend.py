@@ -31,7 +31,7 @@ def test_goal_losses_are_the_formulas() -> None:
     assert loss("raise") == pytest.approx((-math.log(0.3) - _descend.ENOUGH) / 2)
     assert loss("lower") == pytest.approx(-math.log(0.7))
     assert loss("prefer") == pytest.approx(math.log1p(math.exp(math.log(16) + math.log(2))))
-    assert loss("balance") == pytest.approx(math.log(2))
+    assert loss("balance") == pytest.approx(math.log(2) - _descend.EVEN / 2)
 
 
 def test_lower_stays_finite_at_certainty() -> None:

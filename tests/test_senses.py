@@ -7,7 +7,7 @@ import torch
 from conftest import TEXT, same_bits, tiny_host, weights_of
 from torch import Tensor
 
-from errata import apply, hosts
+from errata import apply, hosts, text
 from errata.hosts import Host
 from errata.methods import _descend, senses
 from errata.methods.senses import Cached, Problem, Senses, Whole, choose, minimise, prepared
@@ -260,7 +260,7 @@ def test_inside_one_ball_the_fast_solver_gets_as_far_as_the_faithful_loop(make: 
     (a,), (b,) = fast.ops, slow.ops
     assert torch.equal(a.ids, b.ids) and torch.equal(a.senses, b.senses) and a.shift.norm() > 0.1 and b.shift.norm() > 0.1
     none = Patch(method="none", config={}, parent=host.id, examples=(), ops=())
-    assert losses(host, fast).mean() <= 1.01 * losses(host, slow).mean() < 0.95 * losses(host, none).mean()
+    assert losses(host, fast).mean() <= 1.01 * losses(host, slow).mean() < 0.97 * losses(host, none).mean()
 
 
 def test_no_transformer_runs_while_it_solves() -> None:
@@ -273,6 +273,17 @@ def test_no_transformer_runs_while_it_solves() -> None:
     found = minimise(descent, quadratic, RUN, shift)
     handle.remove()
     assert not runs and found.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("epsilon", [1e-2, 1e-3, 1e-4])
+def test_what_it_finds_stays_a_standard_error_inside_the_ball(epsilon: float) -> None:
+    """The gate bounds what it cannot know: an edit whose mean alone is inside would be scaled, and lose most of what it did."""
+    host = tiny_host("backpack")
+    run = Run(hold=tuple(text.sampled(host)), budget=Budget(epsilon=epsilon))  # its own words: whatever moves is worse
+    descent, quadratic, ids_M, _ = prepared(Senses(**SMALL), host, EXAMPLES, run)
+    found = minimise(descent, quadratic, run, torch.zeros(len(ids_M), D))
+    assert found.abs().max() > 0
+    assert 0.2 * epsilon < descent.upper({NAME: found}, senses.SAFE) <= epsilon
 
 
 def test_held_rows_without_a_chosen_token_count_in_the_share_alone(monkeypatch: pytest.MonkeyPatch) -> None:
