@@ -1,13 +1,14 @@
 """Sense finetuning: the selection against its formula, the cached forward against the whole model, its gradients, and the two solvers."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import TEXT, same_bits, tiny_host, weights_of
 from torch import Tensor
 
-from errata import apply, hosts, text
+from errata import apply, hosts
 from errata.hosts import Host
 from errata.methods import _descend, senses
 from errata.methods.senses import Cached, Problem, Senses, Whole, choose, minimise, prepared
@@ -276,14 +277,21 @@ def test_no_transformer_runs_while_it_solves() -> None:
 
 
 @pytest.mark.parametrize("epsilon", [1e-2, 1e-3, 1e-4])
-def test_what_it_finds_stays_a_standard_error_inside_the_ball(epsilon: float) -> None:
-    """The gate bounds what it cannot know: an edit whose mean alone is inside would be scaled, and lose most of what it did."""
-    host = tiny_host("backpack")
-    run = Run(hold=tuple(text.sampled(host)), budget=Budget(epsilon=epsilon))  # its own words: whatever moves is worse
-    descent, quadratic, ids_M, _ = prepared(Senses(**SMALL), host, EXAMPLES, run)
+def test_it_comes_to_rest_near_the_edge_of_any_ball_and_inside(monkeypatch: pytest.MonkeyPatch, epsilon: float) -> None:
+    """Also with a standard error on top: the gate bounds what it cannot know, and what it has to scale loses most of what it did."""
+    host, asked = tiny_host("backpack"), []
+
+    def upper(_: _descend.Descent, weights: dict[str, Tensor], z: float) -> float:
+        asked.append(z)
+        return 1e-4 * float(sum(w.square().mean() for w in weights.values()))
+
+    monkeypatch.setattr(_descend.Descent, "upper", upper)
+    monkeypatch.setattr(_descend.Descent, "search", lambda *_: None)
+    run = replace(RUN, budget=Budget(epsilon=epsilon))
+    descent, quadratic, ids_M, _ = prepared(Senses(**SMALL), host, EXAMPLES[:1], run)
     found = minimise(descent, quadratic, run, torch.zeros(len(ids_M), D))
-    assert found.abs().max() > 0
-    assert 0.2 * epsilon < descent.upper({NAME: found}, senses.SAFE) <= epsilon
+    assert set(asked) == {senses.SAFE} and senses.SAFE >= 1
+    assert senses.EDGE * epsilon <= descent.upper({NAME: found}, senses.SAFE) <= epsilon
 
 
 def test_held_rows_without_a_chosen_token_count_in_the_share_alone(monkeypatch: pytest.MonkeyPatch) -> None:
