@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import tiny_host
+from conftest import TEXT, tiny_host
 from safetensors.torch import load_file, save_file
 
 from errata import apply, artefact, build, cli, hosts, ledger
@@ -448,6 +448,21 @@ def test_eval_and_its_report(place: Place, tmp_path: Path) -> None:
     assert measures["edit"]["n"] == 1 and measures["paraphrases"]["after"] is None
     assert (tmp_path / "r.html").stat().st_size > 1000 and (tmp_path / "r.json").exists()
     assert "edit" in place("eval", "--cases", cases).out
+
+
+def test_the_curve_between_the_base_and_a_patch(place: Place, tmp_path: Path) -> None:
+    cases, picture = tmp_path / "cases.txt", tmp_path / "curve.svg"
+    cases.write_text("The capital of Mauritius is| Port Louis\n")
+    reference = tmp_path / "text.txt"
+    reference.write_text("\n\n".join(TEXT * 4))
+    given = ("--cases", cases, "--reference", reference, "--alpha", 1, "--alpha", 0)
+    done = place("eval", "alpha", *given, "--picture", picture, "--json")
+    first, last = done.data["curve"]
+    assert (first["alpha"], last["alpha"]) == (0, 1) and first["increase"] == pytest.approx(0, abs=1e-12) != last["increase"]
+    assert "Success against alpha" in picture.read_text() and done.data["patch"] == place.patch.id
+    judged = {row["measure"]: row["after"] for row in place("eval", "--cases", cases, "--reference", reference, "--json").data["measures"]}
+    assert last["edit"] == judged["edit"]
+    assert "neither" in one_sentence(place("eval", "alpha", *given, "--picture", tmp_path / "curve.png").err)
 
 
 @pytest.mark.parametrize("form", ["model", "peft"])

@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import TEXT, tiny_host
 
-from errata import hooks, hosts
+from errata import hooks, hosts, methods
 from errata.hosts import Host
 from errata.methods import _descend
 from errata.methods._restated import Spoken
 from errata.methods.finetune import Finetune, chosen
 from errata.methods.lora import middle_layers
-from errata.types import Budget, Example, Run, UnknownName
+from errata.types import Budget, Example, InvalidExample, Patch, Run, UnknownName
 
 RAISE = Example(prompt="The capital of Mauritius is", target=" Port Louis")
 SETTINGS = _descend.Settings(steps=5, lr=1e-2, lam=1.0, contexts=1, restated=2, neighbours=4, hold=4, searched=8, damping=0.1, batch_size=8)
@@ -183,3 +183,19 @@ def test_a_tied_head_moves_least_along_what_it_reads_most(tiny_gpt2: Host) -> No
         return float((op.delta @ top_K).norm() / op.delta.norm())
 
     assert share(0.01) < 0.5 * share(None)
+
+
+def test_one_layer_is_moved_and_alpha_is_how_far(tiny_gpt2: Host) -> None:
+    def patch(**more: object) -> Patch:
+        small = {"steps": 4, "neighbours": 2, "hold": 4, "restated": 1}
+        return methods.make("one_layer_interpolation", layer=1, **small, **more).edit(tiny_gpt2, (RAISE,), RUN)
+
+    whole, half = patch(), patch(alpha=0.5)
+    assert {op.weight.rpartition(".h.")[2][:2] for op in whole.ops} == {"1."} and len(whole.ops) == len(half.ops) > 4
+    for a, b in zip(whole.ops, half.ops, strict=True):
+        torch.testing.assert_close(b.delta, a.delta / 2)
+    assert any(op.delta.norm() > 0 for op in whole.ops)
+    with pytest.raises(InvalidExample, match="layers 0 to 1, not 2"):
+        methods.make("one_layer_interpolation", layer=2).edit(tiny_gpt2, (RAISE,), RUN)
+    with pytest.raises(InvalidExample, match="alpha over 0"):
+        methods.make("one_layer_interpolation", alpha=0.0)

@@ -67,6 +67,7 @@ ROWS = (
     Row(method="finetune", settings=SMALL | {"lr": 1e-2}),
     Row(method="lora", settings=SMALL | {"lr": 3e-2, "rank": 4}),
     Row(method="memit", settings=CLOSED),
+    Row(method="one_layer_interpolation", settings=SMALL | {"lr": 1e-2}),
     Row(method="rome", settings={k: v for k, v in CLOSED.items() if k != "lam"}, cannot=UNBOUNDED),
     Row(
         method="senses",
@@ -134,7 +135,7 @@ def test_every_registered_method_has_a_row() -> None:
 def test_the_register_leads_to_final_frozen_methods(name: str) -> None:
     cls = method_class(name)
     assert issubclass(cls, Method) and cls.__final__ and cls.__dataclass_params__.frozen
-    assert cls.__name__.lower() == name
+    assert cls.__name__.lower() == name.replace("_", "")
 
 
 def test_an_unknown_method_or_setting_suggests_the_nearest() -> None:

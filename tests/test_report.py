@@ -21,6 +21,7 @@ from errata.report import (
     Entry,
     Moved,
     Report,
+    alpha_chart,
     as_json,
     budget_bar,
     budget_chart,
@@ -252,6 +253,24 @@ def test_the_chart_puts_budgets_on_a_log_axis_and_shares_between_0_and_100() -> 
     low, high = numbers(tall[1], "y1", "y2")
     assert e.low is not None and e.high is not None
     assert low == pytest.approx(y0 - e.low * (y0 - y2), abs=0.01) and high == pytest.approx(y0 - e.high * (y0 - y2), abs=0.01)
+
+
+def lost(share: float, loss: float) -> Scores:
+    """`scores` with a loss on reference text."""
+    found = scores(share)
+    rows = (row for row in found.rows if row.measure != "loss.reference")
+    return replace(found, rows=(*rows, Score(case="reference/0", measure="loss.reference", total=loss * 100, count=100)))
+
+
+def test_the_curve_puts_alphas_on_a_line_and_marks_those_outside_the_ball() -> None:
+    curve = [(0.0, lost(0.0, 2.0)), (0.5, lost(0.5, 2.001)), (2.0, lost(1.0, 2.1))]
+    chart = Page(str(alpha_chart(curve, lost(0.0, 2.0), epsilon=1e-3)))
+    (x0, y0), (x1, y1), (x2, y2) = [(float(c["cx"] or 0), float(c["cy"] or 0)) for c in chart.all("circle", "mark")]
+    assert x2 - x1 == pytest.approx(3 * (x1 - x0), abs=0.05) and x0 < x1 and y0 > y1 > y2
+    assert ["hollow" in (c["class"] or "") for c in chart.all("circle", "mark")] == [False, False, True]
+    assert "alpha 2: 100.0 % of unseen text right" in chart.text and "loss +5e−2" in chart.text
+    with pytest.raises(InvalidExample, match="two values of alpha or more, got 1"):
+        alpha_chart(curve[:1], curve[0][1], epsilon=1e-3)
 
 
 def test_labels_are_lines_of_their_own_and_refused_patches_are_hollow() -> None:

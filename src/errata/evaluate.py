@@ -216,6 +216,13 @@ def evaluate(host: Host, patch: Patch | None, before: Baseline, *, state: State 
     )
 
 
+def along(
+    host: Host, patch: Patch, before: Baseline, alphas: Sequence[float], progress: Progress = no_progress
+) -> list[tuple[float, Scores]]:
+    """(alpha, scores) of base + alpha * change for each alpha, in ascending order: 1-LI's curve (arXiv 2303.00046), for any patch."""
+    return [(a, evaluate(host, apply.scaled(patch, a), before)) for a in progress(sorted(set(alphas)), "along the curve", len(set(alphas)))]
+
+
 def gives(continuation: str, answer: str, old: str | None = None) -> bool:
     """Whether a continuation gives the answer, and not the old one too: `old` neither begins it nor stands in the rest of its sentence.
 

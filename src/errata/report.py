@@ -505,7 +505,7 @@ def _legend(entries: Sequence[Entry]) -> list[tuple[str, Markup]]:
 @final
 @dataclass(frozen=True, kw_only=True)
 class _Plane:
-    """Where a budget (between two powers of ten) and a share stand in the chart."""
+    """Where a value between `low` and `high`, such as the logarithm of a budget, and a share stand in the chart."""
 
     low: float
     high: float
@@ -514,8 +514,8 @@ class _Plane:
     top: float = 14.0
     bottom: float = 316.0
 
-    def x(self, epsilon: float) -> float:
-        return self.left + 24 + (self.right - self.left - 48) * (math.log10(epsilon) - self.low) / (self.high - self.low)
+    def x(self, value: float) -> float:
+        return self.left + 24 + (self.right - self.left - 48) * (value - self.low) / (self.high - self.low)
 
     def y(self, share: float) -> float:
         return self.bottom - (self.bottom - self.top) * share
@@ -528,13 +528,17 @@ def budget_chart(entries: Sequence[Entry], before: Scores | None = None) -> Mark
         return None
     budgets = [e.epsilon or 1.0 for own in lines.values() for e in own]
     plane = _Plane(low=math.log10(min(1e-5, *budgets)), high=math.log10(max(1e-2, *budgets)))
-    parts = list(_axes(plane))
+    parts = list(_axes(plane, "limit on the relative increase of reference loss (ε)"))
+    parts += (_decade(plane, decade) for decade in range(math.ceil(plane.low - 1e-9), math.floor(plane.high + 1e-9) + 1))
     base = aggregate(before, "ood").value if before else None
     if base is not None and math.isfinite(base):
         parts.append(_line(plane.left, plane.y(base), plane.right, plane.y(base), "base"))
         parts.append(_label("no edit", plane.right - 4, plane.y(base) - 6, text_anchor="end", class_="muted"))
     for i, own in enumerate(lines.values()):
-        parts += _points(i, own, plane, shift=min(8, 44 / len(lines)) * (i - (len(lines) - 1) / 2))
+        shift = min(8, 44 / len(lines)) * (i - (len(lines) - 1) / 2)  # keeps the marks of several labels at one budget apart
+        refused = [e.verdict is not None and not e.verdict.passed for e in own]
+        at = [plane.x(math.log10(e.epsilon or 1.0)) + shift for e in own]
+        parts += _points(i, list(zip(at, (e.scores for e in own), refused, strict=True)), plane)
     description = "; ".join(
         f"{e.label} at {power(e.epsilon)}: {rate(aggregate(e.scores, 'ood').value)} of unseen text right, "
         f"{rate(aggregate(e.scores, 'neighbours').value)} of neighbours kept"
@@ -544,35 +548,59 @@ def budget_chart(entries: Sequence[Entry], before: Scores | None = None) -> Mark
     return _picture(760, 360, "Success against budget", description, parts)
 
 
-def _axes(plane: _Plane) -> Iterator[Markup]:
+def alpha_chart(curve: Sequence[tuple[float, Scores]], before: Scores, epsilon: float) -> Markup:
+    """Unseen text right (solid, with Wilson bars) and neighbours kept (dashed) against alpha; hollow where the mean increase of the loss
+    on reference text is over `epsilon`. Raises InvalidExample for fewer than two values of alpha."""
+    if len(curve) < 2:
+        raise InvalidExample(f"A curve needs two values of alpha or more, got {len(curve)}.")
+    plane = _Plane(low=min(a for a, _ in curve), high=max(a for a, _ in curve))
+    base = aggregate(before, "loss.reference").value
+    rises = [(aggregate(s, "loss.reference").value or math.nan) / base - 1 if base else 0.0 for _, s in curve]
+    parts = list(_axes(plane, "alpha: base + alpha × change"))
+    for a, _ in curve:
+        parts.append(_line(plane.x(a), plane.bottom, plane.x(a), plane.bottom + 5, "axis"))
+        parts.append(_label(number(a), plane.x(a), plane.bottom + 21, text_anchor="middle", class_="muted"))
+    parts += _points(0, [(plane.x(a), s, not rise <= epsilon) for (a, s), rise in zip(curve, rises, strict=True)], plane)
+    description = "; ".join(
+        f"alpha {number(a)}: {rate(aggregate(s, 'ood').value)} of unseen text right, {rate(aggregate(s, 'neighbours').value)} of "
+        f"neighbours kept, loss {power(rise, True)}"
+        for (a, s), rise in zip(curve, rises, strict=True)
+    )
+    return _picture(760, 360, "Success against alpha", description, parts)
+
+
+def _axes(plane: _Plane, label: str) -> Iterator[Markup]:
     for percent in range(0, 101, 25):
         y = plane.y(percent / 100)
         yield _line(plane.left, y, plane.right, y, "grid")
         yield _label(f"{percent} %", plane.left - 8, y + 4, text_anchor="end", class_="muted")
-    for decade in range(math.ceil(plane.low - 1e-9), math.floor(plane.high + 1e-9) + 1):
-        x = plane.x(10.0**decade)
-        raised = _tag("tspan", str(decade).replace("-", "−"), dy=-5, class_="small")
-        yield _line(x, plane.bottom, x, plane.bottom + 5, "axis")
-        yield _tag("text", "10", raised, x=x, y=plane.bottom + 21, text_anchor="middle", class_="muted")
-    middle = (plane.left + plane.right) / 2
-    yield _label("limit on the relative increase of reference loss (ε)", middle, plane.bottom + 40, text_anchor="middle", class_="muted")
+    yield _label(label, (plane.left + plane.right) / 2, plane.bottom + 40, text_anchor="middle", class_="muted")
 
 
-def _points(series: int, entries: Sequence[Entry], plane: _Plane, shift: float) -> Iterator[Markup]:
-    """One label's two lines. `shift` keeps the marks of several labels at one budget apart."""
+def _decade(plane: _Plane, decade: int) -> Markup:
+    x, raised = plane.x(float(decade)), _tag("tspan", str(decade).replace("-", "−"), dy=-5, class_="small")
+    power_of_ten = _tag("text", "10", raised, x=x, y=plane.bottom + 21, text_anchor="middle", class_="muted")
+    return _line(x, plane.bottom, x, plane.bottom + 5, "axis") + power_of_ten
+
+
+def _points(series: int, points: Sequence[tuple[float, Scores, bool]], plane: _Plane) -> Iterator[Markup]:
+    """The two lines of one label, from (x, scores, whether its mark is hollow)."""
     colour = f"s{series % 8}"
     for measure in ("neighbours", "ood"):
-        found: list[tuple[float, Any, Entry]] = [(plane.x(e.epsilon or 1.0) + shift, aggregate(e.scores, measure), e) for e in entries]
-        known = [(x, e, entry) for x, e, entry in found if e.n and math.isfinite(e.value)]
-        points = " ".join(f"{x:.2f},{plane.y(e.value):.2f}" for x, e, _ in known)
-        yield _tag("polyline", points=points, class_=f"series {colour}" + (" dashed" if measure == "neighbours" else ""))
-        for x, e, entry in known:
+        found: list[tuple[float, Any, bool]] = [(x, aggregate(scores, measure), hollow) for x, scores, hollow in points]
+        known = [(x, e, hollow) for x, e, hollow in found if e.n and math.isfinite(e.value)]
+        yield _tag(
+            "polyline",
+            points=" ".join(f"{x:.2f},{plane.y(e.value):.2f}" for x, e, _ in known),
+            class_=f"series {colour}" + (" dashed" if measure == "neighbours" else ""),
+        )
+        for x, e, hollow in known:
             if measure == "neighbours":
                 yield _line(x - 6, plane.y(e.value), x + 6, plane.y(e.value), f"series {colour}")
                 continue
             yield _line(x, plane.y(e.low), x, plane.y(e.high), f"bar {colour}")
             yield from (_line(x - 3, plane.y(end), x + 3, plane.y(end), f"bar {colour}") for end in (e.low, e.high))
-            yield _marker(series, x, plane.y(e.value), hollow=entry.verdict is not None and not entry.verdict.passed)
+            yield _marker(series, x, plane.y(e.value), hollow=hollow)
 
 
 def ring_chart(rings: Mapping[Ring, Estimate]) -> Markup:

@@ -16,7 +16,7 @@ from errata.cli.shown import about, described, listed, number, plain, short, tab
 
 if TYPE_CHECKING:
     from errata.hosts import Host
-    from errata.types import Example
+    from errata.types import Case, Example
 
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; see 'errata methods'.")]
 
@@ -279,6 +279,26 @@ evaluation = typer.Typer(cls=Judging, invoke_without_command=True)
 app.add_typer(evaluation, name="eval")
 
 
+def asked_cases(cases: Path | None, lab: str | None, n: int) -> Sequence["Case"]:
+    """What a patch is to be judged on: one of the two."""
+    from errata.cli.lab import lab_cases
+    from errata.evaluate import read_cases
+
+    if (cases is None) == (lab is None):
+        raise typer.BadParameter("name either --cases FILE or --lab test")
+    return read_cases(cases) if cases is not None else lab_cases(lab or "", n)
+
+
+def judging_text(host: "Host", judged: Sequence["Case"], reference: Path | None, out: Out) -> Sequence[str]:
+    """The reference text that judges, without what states the judged facts; none for a model that comes with none."""
+    from errata import text
+
+    with out.busy("Reading the reference text"):
+        documents = text.standing(host, reference)[1] if reference is not None or host.name.startswith("lab/") else ()
+        examples = [case.example for case in judged]
+        return text.set_aside(documents, examples, text.answers_of(host, examples))[0]
+
+
 @evaluation.callback()
 def judge(
     cases: Annotated[Path | None, typer.Option(help="Cases as JSONL, or 'prompt| answer' in each line.")] = None,
@@ -292,23 +312,15 @@ def judge(
     json: Json = False,
 ) -> None:
     """Judge a patch on text that it was not made from, beside the model as it was."""
-    from errata import evaluate, text
+    from errata import evaluate
     from errata import report as page
-    from errata.cli.lab import lab_cases
 
-    if (cases is None) == (lab is None):
-        raise typer.BadParameter("name either --cases FILE or --lab test")
-    out = Out(json=json)
-    judged = evaluate.read_cases(cases) if cases is not None else lab_cases(lab or "", n)
+    out, judged = Out(json=json), asked_cases(cases, lab, n)
     with opened(at) as ledger:
         worn = chosen_patch(ledger, patch)
         verdict = ledger.verdict(worn.id)
         host = bound_host(ledger, device, out)
-    with out.busy("Reading the reference text"):
-        documents = text.standing(host, reference)[1] if reference is not None or host.name.startswith("lab/") else ()
-        examples = [case.example for case in judged]
-        kept, _ = text.set_aside(documents, examples, text.answers_of(host, examples))
-    before = evaluate.baseline(host, judged, kept, progress=out.progress)
+    before = evaluate.baseline(host, judged, judging_text(host, judged, reference, out), progress=out.progress)
     base, edited = evaluate.evaluate(host, None, before), evaluate.evaluate(host, worn, before, progress=out.progress)
     if report is not None:
         entry = page.Entry(

@@ -10,6 +10,7 @@ METHODS: dict[str, str] = {
     "finetune": "errata.methods.finetune:Finetune",
     "lora": "errata.methods.lora:Lora",
     "memit": "errata.methods.memit:Memit",
+    "one_layer_interpolation": "errata.methods.one_layer:OneLayerInterpolation",
     "rome": "errata.methods.rome:Rome",
     "senses": "errata.methods.senses:Senses",
 }
