@@ -232,6 +232,8 @@ def test_the_second_order_of_the_kl_is_its_hessian_averaged() -> None:
         return (p.exp() * (p - q)).sum()
 
     G_DD = sum(torch.autograd.functional.hessian(lambda d, o=o: kl(d, o), torch.zeros(D).double()) for o in out_PD) / len(out_PD)
+    centred_VD = cached.E_VD - cached.E_VD.mean(0)
+    G_DD = G_DD + senses.UNSURE * centred_VD.T @ centred_VD / V
     torch.testing.assert_close(quadratic.G_DD, G_DD, rtol=1e-6, atol=1e-9)
 
     def value(shift_MD: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ Hewitt et al. 2024, arXiv 2402.06155 (sense finetuning; S for two continuations:
 Neither the hidden states nor alpha depend on the sense vectors. So each row of text is read once: o_t and the few a_t,(v,l) at the places
 that see a chosen token. From then on the losses, KL and their gradients are functions of Delta (M, D) and of those, and no transformer
 runs; places that see no chosen token cannot move, and cost nothing. `raise`, KL and the ridge are convex in Delta, `balance` is where both
-answers are single tokens: one optimum, which L-BFGS finds (`minimise`; near enough where `balance` has its kink). Of the held rows it has
-the KL of those alone that some point on its way has hurt; that of the many others is taken for its second order, tr(G Delta^T A Delta) / 2,
-with one G for all places (as in K-FAC, Martens & Grosse 2015, arXiv 1503.05671). lam is sought so that the point lies inside the ball.
+answers are single tokens: one optimum, which L-BFGS finds (`minimise`). Of the held rows it has the KL of those alone that some point on
+its way has hurt; that of the many others is taken for its second order, tr(G Delta^T A Delta) / 2, with one G for all places (as in K-FAC,
+Martens & Grosse 2015, arXiv 1503.05671). lam is sought so that the point lies a standard error inside the ball.
 `faithful` is the loop as published: it descends the same loss in small draws of rows, every step through the model.
 
 Unlike model-editing-canonical-examples@15a1e7b:
@@ -54,6 +54,9 @@ WIDE = 1e-3  # the ball that lam is for: where it is narrower, the search begins
 SAFE = 1.0  # standard errors that the edit stays inside the ball: what the gate has to scale loses most of what it did
 EDGE = 0.65  # share of the ball that is near enough to its edge
 ITERATIONS = 30  # of L-BFGS for each of them
+# Where the held rows hardly use a chosen sense, or are sure of what follows, nothing would hold it, and the solver would run away:
+SELDOM = 0.01  # the energy, alpha^2, that a sense is taken to have once in them, at least
+UNSURE = 0.01  # share of a place at which every token is as likely, in G
 SAMPLED = 2048  # places that G is the mean over, at most
 
 
@@ -204,13 +207,15 @@ class Quadratic:
             p_PV = (o_PD @ E_VD.T).softmax(-1)
             mean_PD = p_PV @ E_VD
             self.G_DD += ((E_VD.T * p_PV.sum(0)) @ E_VD - mean_PD.T @ mean_PD) / len(sampled_PD)
+        self.G_DD += UNSURE * torch.cov(E_VD.T, correction=0)
         for group in _gathered(range(len(seen)), [len(s.target_P) for s in seen], SAMPLED):
             part = [seen[i] for i in group]
             place_Z, sense_Z, alpha_Z = _met(part)
             a_PM = E_VD.new_zeros(sum(len(s.target_P) for s in part), M).index_put_((place_Z, sense_Z), alpha_Z, accumulate=True)
             self.A_MM += a_PM.T @ a_PM
-        self.A_MM /= max(1, sum(len(ids) - 1 for ids, _ in rows))
-        self.weight = float(ridge * self.A_MM.diagonal().mean()) or ridge
+        tokens = max(1, sum(len(ids) - 1 for ids, _ in rows))
+        self.A_MM /= tokens
+        self.weight = ridge * max(float(self.A_MM.diagonal().mean()), SELDOM / tokens)
 
     def ridge(self, weights: Weights) -> Tensor:
         """ridge / 2 * mean(A_mm) * sum over m of Delta_m^T G Delta_m."""
