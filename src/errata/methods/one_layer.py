@@ -9,10 +9,9 @@ theta_1 comes from the same descent inside the ball as `finetune`. alpha may be 
 from dataclasses import dataclass, fields
 from typing import final
 
-from errata import apply
 from errata.hosts import Host
 from errata.methods.finetune import Finetune
-from errata.types import Example, InvalidExample, Method, Patch, Run
+from errata.types import Add, Example, InvalidExample, Method, Patch, Run
 
 
 @final
@@ -43,5 +42,5 @@ class OneLayerInterpolation(Method):
             raise InvalidExample(f"{host.name} has layers 0 to {host.blocks - 1}, not {layer}.")
         shared = {f.name: getattr(self, f.name) for f in fields(Finetune) if hasattr(self, f.name)}
         one = Finetune(modules=f"{host.layout.blocks}.{layer}.", **shared).edit(host, examples, run)
-        ops = apply.scaled(one, self.alpha).ops
+        ops = tuple(Add(weight=op.weight, delta=self.alpha * op.delta) for op in one.ops if isinstance(op, Add))
         return Patch(method="one_layer_interpolation", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)
