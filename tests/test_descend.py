@@ -29,16 +29,17 @@ def test_goal_losses_are_the_formulas() -> None:
         return _descend.goal_losses(p, c, n, [Example(prompt="x", target=" a", contrast=contrast, goal=goal)]).item()
 
     assert loss("raise") == pytest.approx((-math.log(0.3) - _descend.ENOUGH) / 2)
-    assert loss("lower") == pytest.approx(-math.log(0.7))
+    assert loss("lower") == pytest.approx(math.log1p(0.3 / 0.001))
     assert loss("prefer") == pytest.approx(math.log1p(math.exp(math.log(16) + math.log(2))))
     assert loss("balance") == pytest.approx(math.log(2) - _descend.EVEN / 2)
 
 
-def test_lower_stays_finite_at_certainty() -> None:
-    p = torch.zeros(1, requires_grad=True)
-    loss = _descend.goal_losses(p, p, torch.ones(1), [Example(prompt="x", target=" a", goal="lower")])
-    loss.sum().backward()
-    assert math.isfinite(loss.item()) and math.isfinite(p.grad.item())
+def test_lower_pushes_until_the_answer_is_rare() -> None:
+    """Also where it is certain, and no harder than log p itself; -log(1 - p) would rest content at p = .05."""
+    p = torch.tensor([0.0, math.log(0.05), math.log(1e-3), math.log(1e-6)], requires_grad=True)
+    lower = [Example(prompt="x", target=" a", goal="lower")] * 4
+    _descend.goal_losses(p, p, torch.ones(4), lower).sum().backward()
+    assert p.grad.tolist() == pytest.approx([1000 / 1001, 50 / 51, 0.5, 1 / 1001])
 
 
 def test_kl_is_the_sum_over_predictions_and_its_gradient_that_of_the_formula() -> None:

@@ -36,6 +36,7 @@ KEYS, EIGENVECTORS = 512, 256  # how many rows C is estimated from at most, and 
 PASS = 512  # tokens that go through the model at once where gradients are taken: more take memory, and no less time on a CPU
 CACHED = 1 << 18  # logits that a processor keeps near
 AVERAGE = 0.95  # decay of the running mean of the leaves
+RARE = 0.001  # what `lower` is to bring the probability under (the same table)
 EVEN = 0.1  # nats; two answers of `balance` that are no further apart are all but even
 ENOUGH = 0.3  # nats; `raise` is content when the whole target has p = .74, for then every token of it is what is said
 CONTENT = 0.02  # mean loss of the examples at which a point inside the ball is good enough
@@ -86,15 +87,15 @@ def goal_losses(
 ) -> Float[Tensor, "N"]:
     """(N,) what is minimised for each example, from log p of the whole target and contrast, and how many tokens the target has.
 
-    raise: what -log p exceeds `enough` by, per token. lower: -log(1 - p). prefer: softplus(margin - (log p - log p_contrast)). balance:
-    |log p - log p_contrast|, rounded off (Huber) below `EVEN`, so that a solver which trusts gradients comes to rest there. Unlike the
-    published losses, all are bounded below, so that the descent stops pushing where the goal is reached: certainty that nobody asked for is
-    paid for elsewhere. The two that compare do so for whole answers, as they are judged: per token, an answer of two tokens would weigh
-    half of one of one.
+    raise: what -log p exceeds `enough` by, per token. lower: softplus(log p - log RARE). prefer: softplus(MARGIN - (log p - log p_contrast)).
+    balance: |log p - log p_contrast|, rounded off (Huber) below `EVEN`, so that a solver which trusts gradients comes to rest there. Unlike
+    the published losses, all are bounded below, so that the descent stops pushing where the goal is reached: certainty that nobody asked
+    for is paid for elsewhere. The two that compare do so for whole answers, as they are judged: per token, an answer of two tokens would
+    weigh half of one of one.
     """
     by_goal: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         "raise": lambda p, c, n: (-p - enough).clamp(min=0) / n,
-        "lower": lambda p, c, n: -torch.log1p(-p.exp().clamp(max=1 - 1e-6)),
+        "lower": lambda p, c, n: nn.functional.softplus(p - math.log(RARE)),
         "prefer": lambda p, c, n: nn.functional.softplus(MARGIN - (p - c)),
         "balance": lambda p, c, n: nn.functional.huber_loss(p, c, reduction="none", delta=EVEN) / EVEN,
     }
