@@ -88,10 +88,10 @@ def goal_losses(
     """(N,) what is minimised for each example, from log p of the whole target and contrast, and how many tokens the target has.
 
     raise: what -log p exceeds `enough` by, per token. lower: softplus(log p - log RARE). prefer: softplus(MARGIN - (log p - log
-    p_contrast)). balance: |log p - log p_contrast|, rounded off (Huber) below `EVEN`, so that a solver which trusts gradients comes to rest there. Unlike
-    the published losses, all are bounded below, so that the descent stops pushing where the goal is reached: certainty that nobody asked
-    for is paid for elsewhere. The two that compare do so for whole answers, as they are judged: per token, an answer of two tokens would
-    weigh half of one of one.
+    p_contrast)). balance: |log p - log p_contrast|, rounded off (Huber) below `EVEN`, so that a solver which trusts gradients comes to
+    rest there. Unlike the published losses, all are bounded below, so that the descent stops pushing where the goal is reached: certainty
+    that nobody asked for is paid for elsewhere. The two that compare do so for whole answers, as they are judged: per token, an answer of
+    two tokens would weigh half of one of one.
     """
     by_goal: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         "raise": lambda p, c, n: (-p - enough).clamp(min=0) / n,
