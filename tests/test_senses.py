@@ -1,5 +1,6 @@
 """Sense finetuning: the selection against its formula, the cached forward against the whole model, its gradients, and the two solvers."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -278,22 +279,34 @@ def test_no_transformer_runs_while_it_solves() -> None:
     assert not runs and found.abs().max() > 0.01
 
 
-@pytest.mark.parametrize("epsilon", [1e-2, 1e-3, 1e-4])
-def test_it_comes_to_rest_near_the_edge_of_any_ball_and_inside(monkeypatch: pytest.MonkeyPatch, epsilon: float) -> None:
-    """Also with a standard error on top: the gate bounds what it cannot know, and what it has to scale loses most of what it did."""
+@pytest.mark.parametrize("epsilon", [1e-2, 1e-4])
+@pytest.mark.parametrize("first", [0.3, 20.0])
+def test_it_comes_to_rest_near_the_edge_of_any_ball_and_inside(monkeypatch: pytest.MonkeyPatch, epsilon: float, first: float) -> None:
+    """Also with a standard error on top: the gate bounds what it cannot know, and what it has to scale loses most of what it did. What the
+    first lam gives costs `first` times what is allowed."""
     host, asked = tiny_host("backpack"), []
 
     def upper(_: _descend.Descent, weights: dict[str, Tensor], z: float) -> float:
-        asked.append(z)
-        return 1e-4 * float(sum(w.square().mean() for w in weights.values()))
+        asked.append((z, float(sum(w.square().sum() for w in weights.values()))))
+        return first * epsilon * asked[-1][1] / asked[0][1]
 
     monkeypatch.setattr(_descend.Descent, "upper", upper)
     monkeypatch.setattr(_descend.Descent, "search", lambda *_: None)
     run = replace(RUN, budget=Budget(epsilon=epsilon))
     descent, quadratic, ids_M, _ = prepared(Senses(**SMALL), host, EXAMPLES[:1], run)
     found = minimise(descent, quadratic, run, torch.zeros(len(ids_M), D))
-    assert set(asked) == {senses.SAFE} and senses.SAFE >= 1
+    assert {z for z, _ in asked} == {senses.SAFE} and senses.SAFE >= 1
     assert senses.EDGE * epsilon <= descent.upper({NAME: found}, senses.SAFE) <= epsilon
+
+
+def test_a_text_that_shows_no_cost_does_not_let_it_run_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    descent, quadratic, ids_M, _ = prepared(Senses(**SMALL), tiny_host("backpack"), EXAMPLES[:1], RUN)
+    lams, solve = [], Problem.solve
+    monkeypatch.setattr(Problem, "cost", lambda *_: 0.0)
+    monkeypatch.setattr(Problem, "solve", lambda self, x, lam: lams.append(lam) or solve(self, x, lam))
+    minimise(descent, quadratic, RUN, torch.zeros(len(ids_M), D))
+    first = descent.settings.lam * math.sqrt(senses.WIDE / RUN.budget.epsilon)
+    assert lams == pytest.approx([first / senses.LAM_STEP**i for i in range(3)])
 
 
 def test_held_rows_without_a_chosen_token_count_in_the_share_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ PLACES = 256  # whose logits are found at once where nothing has to be kept for 
 WAYS = 8  # prompts of each example that are read: its own, and others as in `finetune`
 READ = 3000  # held rows with a chosen token in them that are read, at most
 ROUNDS, LAM_STEP = 8, 4.0  # values of lam that are tried, at most; how far apart while only one side of the edge is known
-WIDE = 1e-3  # the ball that lam is for: where it is narrower, the search begins at a larger one
+WIDE = 1e-3  # the ball that lam is for: where it is narrower, the search begins at a larger one, where it is wider at a smaller
 SAFE = 1.0  # standard errors that the edit stays inside the ball: what the gate has to scale loses most of what it did
 EDGE = 0.65  # share of the ball that is near enough to its edge
 ITERATIONS = 30  # of L-BFGS for each of them
@@ -175,12 +175,16 @@ def narrow(descent: Descent, tokens: set[int]) -> None:
         [e.prompt, *(descent.prompt(e, others) for _ in range(WAYS - 1))]
         for e, others in zip(descent.examples, descent.others, strict=True)
     ]
-    whole = sum(len(ids) - 1 for ids, _ in descent.pool)
-    pool = [row for row in descent.pool if not tokens.isdisjoint(row[0][:-1])]
-    share = sum(len(ids) - 1 for ids, _ in pool) / max(1, whole)
+    pool, share = reached(descent.pool, tokens)
     descent.pool = descent.rng.sample(pool, k=min(len(pool), READ))
     descent.pool_N2 = descent.pool_N2[: len(descent.pool)]
     descent.settings = replace(descent.settings, lam=descent.settings.lam * share)
+
+
+def reached(rows: Sequence[Row], tokens: set[int]) -> tuple[list[Row], float]:
+    """Those of `rows` in which one of `tokens` has something behind it, and the share of all predictions that stands in them."""
+    found = [row for row in rows if not tokens.isdisjoint(row[0][:-1])]
+    return found, sum(len(ids) - 1 for ids, _ in found) / max(1, sum(len(ids) - 1 for ids, _ in rows))
 
 
 def known_rows(descent: Descent) -> Iterable[Row]:
@@ -254,6 +258,17 @@ class Problem:
         self.share_N = like.new_tensor([count / asked.total() for count in asked.values()])
         self.held_tokens = sum(len(ids) - 1 for ids, _ in descent.pool)
         self.hurt = list(range(len(descent.pool))) if whole else []
+        held, share = reached(descent.held, set(self.reader.ids_M.tolist()))
+        self.held, self.held_share = held[:READ], share
+
+    def cost(self, shift_MD: Float[Tensor, "M D"]) -> float:
+        """What the ball is measured with: the relative loss increase on the checked documents, `SAFE` standard errors on top, or that on
+        the held ones where it is larger: of a short text the former may hold no chosen token at all."""
+        weights = {"shift": shift_MD}
+        before_N2, after_N2 = self.reader.score(self.held), self.reader.score(self.held, weights)
+        lost, loss = float((before_N2 - after_N2)[:, 0].sum()), -float(before_N2[:, 0].sum())
+        # a NaN is no small cost
+        return max(self.held_share * lost / loss if loss else 0.0, self.descent.upper(weights, SAFE), key=lambda c: (c != c, c))
 
     def gradient(self, shift_MD: Float[Tensor, "M D"], lam: float) -> tuple[float, float, Float[Tensor, "M D"]]:
         """(mean loss of the examples, the whole objective, its gradient)."""
@@ -306,12 +321,13 @@ def minimise(descent: Descent, quadratic: Quadratic, run: Run, shift_MD: Float[T
     """The shifts of the least loss of the examples that lie inside the ball, of those that minimise the objective for some lam."""
     problem, epsilon = Problem(descent, quadratic), run.budget.epsilon
     best, best_loss, loss, cost = torch.zeros_like(shift_MD), math.inf, math.inf, 0.0
-    lam = descent.settings.lam * math.sqrt(max(1.0, WIDE / epsilon))
+    lam = descent.settings.lam * math.sqrt(WIDE / epsilon)
+    least = lam / LAM_STEP**2  # a text that shows no cost is no reason to hold nothing
     outside, inside = 0.0, math.inf  # the largest lam that was outside, the smallest that was inside
     for _ in run.progress(range(ROUNDS), "solving", ROUNDS):
         shift_MD, loss = problem.solve(shift_MD, lam)
         weights = {"shift": shift_MD}
-        cost = descent.upper(weights, SAFE)
+        cost = problem.cost(shift_MD)
         descent.search(weights)
         hurt = {*problem.hurt, *descent.hurt}
         more = len(hurt) - len(problem.hurt)
@@ -325,7 +341,9 @@ def minimise(descent: Descent, quadratic: Quadratic, run: Run, shift_MD: Float[T
             lam = lam * LAM_STEP if math.isinf(inside) else math.sqrt(lam * inside)
         elif cost < EDGE * epsilon and loss > 0:
             inside = lam
-            lam = math.sqrt(lam * outside) if outside else lam / LAM_STEP
+            lam = math.sqrt(lam * outside) if outside else max(lam / LAM_STEP, least)
+            if lam == inside:
+                break
         else:
             break
     if not cost <= epsilon and loss < best_loss and (s := descent.furthest(lambda s: {"shift": s * shift_MD}, epsilon, SAFE)):
