@@ -463,6 +463,7 @@ def test_the_curve_between_the_base_and_a_patch(place: Place, tmp_path: Path) ->
     judged = {row["measure"]: row["after"] for row in place("eval", "--cases", cases, "--reference", reference, "--json").data["measures"]}
     assert last["edit"] == judged["edit"]
     assert "neither" in one_sentence(place("eval", "alpha", *given, "--picture", tmp_path / "curve.png").err)
+    assert "two values" in place("eval", "alpha", "--cases", cases, "--alpha", 1, "--picture", picture).err
 
 
 @pytest.mark.parametrize("form", ["model", "peft"])

@@ -34,6 +34,8 @@ def alpha(
     from errata import evaluate, report
 
     report.check_picture(picture)
+    if picture is not None and len(set(alphas)) < 2:  # before minutes are spent on what cannot be drawn
+        raise typer.BadParameter("a picture needs two values of --alpha or more")
     out, judged = Out(json=json), asked_cases(cases, lab, n)
     with opened(at) as ledger:
         worn = chosen_patch(ledger, patch)
