@@ -285,6 +285,17 @@ def test_a_kill_loses_one_edit_and_repeats_none_that_was_finished(tmp_path: Path
     assert log.read_text() == before
 
 
+def test_trials_of_another_space_are_made_anew() -> None:
+    import optuna
+
+    study = optuna.create_study(directions=["maximize"])
+    for number, lr in ((0, 0.1), (1, 0.2), (1, 0.3)):
+        told = {"number": number, "settings": {"lr": lr, "steps": 2}}
+        study.add_trial(optuna.trial.create_trial(values=[0.0], user_attrs={"outcome": told}))
+    kept = protocol._finished(study, [{"steps": 2, "lr": 0.1}, {"steps": 2, "lr": 0.3}, {"steps": 2, "lr": 0.1}])
+    assert [(o["number"], o["settings"]["lr"]) for o in kept] == [(0, 0.1), (1, 0.3)]
+
+
 def test_other_weights_under_the_same_name_are_not_taken_for_the_first() -> None:
     plan = Plan(columns=(LORA,))
     job = Job(column=LORA, task="verb", split="test", settings={}, seed=1, number=0, epsilons=EPSILONS, caps=(None, None))

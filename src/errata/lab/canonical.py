@@ -29,6 +29,7 @@ from errata.tasks.canonical import Record, Split, Task, row_of, split_of
 from errata.types import Case, Example
 
 PEOPLE = 40  # told of anew in `temporal`, and as many who are not
+SHOWN = 2  # nouns of each verb that an editor sees
 KEPT = 2  # of each seven topics or verbs: not edited, so that hard negatives can ask for them
 
 
@@ -169,7 +170,8 @@ def _verb(split: Split, rng: random.Random) -> Parts:
                 goal="prefer",
             )
             for verb in edited
-            for noun, number in sides
+            for noun in rng.sample(NOUNS, k=SHOWN)
+            for number in (0, 1)
         ],
         records,
         [
