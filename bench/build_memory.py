@@ -25,7 +25,7 @@ from _bench import arguments, emit
 
 from errata import methods
 
-STEPS = 10  # the constraint is checked once; what the allocator keeps grows with more of them (docs/log.md)
+STEPS, QUICK = 10, 4  # the constraint is checked once; what the allocator keeps grows with more of them (docs/log.md)
 
 
 def resident(field: str) -> int:
@@ -50,14 +50,14 @@ def loaded() -> tuple[Any, int]:
     return host, resident("VmRSS")
 
 
-def of_build(method: str, seed: int) -> tuple[int, int, int]:
+def of_build(method: str, steps: int, seed: int) -> tuple[int, int, int]:
     """Bytes that a build adds at its peak, of the model, and of one copy of the trained part."""
     import errata
     from errata.lab import tasks
 
     examples = [case.example for case in tasks.cases("test", 5, "wrong", seed=seed)]
     host, before = loaded()
-    patch, _ = errata.edit(host, examples, method, seed=seed, steps=STEPS)
+    patch, _ = errata.edit(host, examples, method, seed=seed, steps=steps)
     return resident("VmHWM") - before, sum(p.numel() * p.element_size() for p in host.model.parameters()), patch.nbytes
 
 
@@ -84,14 +84,15 @@ def apart(args: argparse.Namespace, measure: Callable[..., Any], *given: object)
 
 def main() -> None:
     args = arguments(__doc__)
+    steps = QUICK if args.quick else STEPS
     for method in ("finetune", "lora"):
         rows = methods.make(method).config["batch_size"]
-        builds = apart(args, of_build, method, args.seed)
+        builds = apart(args, of_build, method, steps, args.seed)
         added, (_, model, trained) = statistics.median(b[0] for b in builds), builds[0]
         batch = statistics.median(apart(args, of_batch, rows, args.seed))
         bound = model + 5 * trained + batch
         parts = f"model {model / 1e6:.0f}, trained part 5 x {trained / 1e6:.1f}, a batch of {rows} rows {batch / 1e6:.0f}"
-        how = f"{(model + added) / 1e6:.0f} MB against {bound / 1e6:.0f} MB: {parts}; {STEPS} steps, median of {len(builds)}"
+        how = f"{(model + added) / 1e6:.0f} MB against {bound / 1e6:.0f} MB: {parts}; {steps} steps, median of {len(builds)}"
         emit(args, f"peak memory of a build / its parts ({method})", (model + added) / bound, ("<=", 1.0), how)
 
 
