@@ -764,7 +764,7 @@ def _sense(k: int, row: Sequence[tuple[str, float]], x: float, y: float, most: f
             longest = width - 48  # the numbers stand beside the bars
             yield _tag("rect", x=x, y=at, width=max(2.0, longest * score / most), height=ROW - 3, rx=3, class_=f"mark s{k % 8} promoted")
         yield _label(_visible(token), x + 6, at + 12.5)
-        yield _label(number(score), x + width - 6, at + 12.5, text_anchor="end", class_="muted")
+        yield _label(f"{score:.2f}".replace("-", "−"), x + width - 6, at + 12.5, text_anchor="end", class_="muted")
 
 
 def _visible(token: str) -> str:
