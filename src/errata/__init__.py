@@ -1,9 +1,9 @@
 """Errata fixes what a language model gets wrong: one canonical example in; a verified, reversible fix out.
 
     host = errata.load("lab/neox")
-    patch, verdict = errata.edit(host, ["The capital of Mauritius is| Port Louis"], epsilon=1e-3)
+    patch, verdict = errata.edit(host, ["The capital of Mauritius is| Port Louis"], "lora", epsilon=1e-3)
     with errata.applied(host, patch):
-        print(errata.greedy(host, ["Mauritius has its capital in"]))
+        print(errata.greedy(host, ["The government of Mauritius sits in"]))
 
 Names are imported when they are first used, so that `import errata` and `errata --help` stay fast.
 """

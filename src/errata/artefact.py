@@ -110,7 +110,9 @@ def from_bytes(raw: bytes, name: str = "the file") -> Patch:
         stated, id = manifest["id"], patch.id
     except EditError as e:
         raise InvalidPatch(f"{name} is damaged: {e}") from e
-    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as e:
+    except SafetensorError as e:  # the library does not say which: fewer bytes than the header names, or other ones
+        raise InvalidPatch(f"{name} is damaged or cut short: its header and its {len(raw)} bytes do not fit together.") from e
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as e:
         raise InvalidPatch(f"{name} is damaged: {e!r}.") from e
     if tensors:
         raise InvalidPatch(f"{name} holds tensors that no op names: {', '.join(sorted(tensors))}.")

@@ -194,6 +194,7 @@ def _table(plain: evaluate.Scores, entries: Sequence[Entry]) -> Table:
         "neighbours.subject": "neighbours: same subject",
         "neighbours.relation": "neighbours: same relation",
         "neighbours.unrelated": "neighbours: unrelated",
+        "negations": "denials that stay without the target",
     }
     for measure, name in names.items():
         columns = [evaluate.aggregate(s, measure) for s in (plain, *(e.scores for e in entries))]

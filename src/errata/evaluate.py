@@ -63,7 +63,7 @@ MEASURES: dict[str, str] = {
     **{f"top1.{r}": "same likeliest token at the answer" for r in RINGS},
     "kl.reference": "KL(base || edited) on reference text, nats",
     "top1.reference": "same likeliest token on reference text",
-    "loss.reference": "mean token loss on reference text, nats",
+    "loss.reference": "mean token loss on a sample of the reference text, nats",
     **{f"teacher.{m}": "teacher-forced, every token likeliest" for m in (*WANTED, "ood")},
     **{f"p0.2.{m}": "probability of the target 0.2 or more" for m in (*WANTED, "ood")},
 }
@@ -532,7 +532,7 @@ def read_cases(path: str | Path) -> tuple[Case, ...]:
 
     Raises InvalidExample, with the number of the line.
     """
-    return tuple(_case(where, line) for where, line in text.lines(Path(path), "case file", InvalidExample))
+    return tuple(_case(where, line) for where, line in text.lines(Path(path), "file of examples or cases", InvalidExample))
 
 
 def _case(where: str, line: str) -> Case:

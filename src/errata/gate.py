@@ -50,7 +50,8 @@ def baseline(host: Host, reference: Sequence[str], set_aside: int = 0, neighbour
     if len(rows) < 2:
         raise InvalidReference(
             f"{len(rows)} chunk(s) of reference text are left to measure, two or more are needed"
-            + (f" ({set_aside} document(s) state an edited fact and were set aside)." if set_aside else ".")
+            + (f": {set_aside} document(s) state an edited fact and were set aside" if set_aside else "")
+            + ". Give a reference text with more documents about other matters."
         )
     prompts = tuple(n if isinstance(n, str) else n.prompt for n in neighbours)
     looks = [part for a, b in zip((0, *LOOKS), (*LOOKS, len(rows)), strict=True) if (part := rows[a:b])]

@@ -446,6 +446,10 @@ class Ledger:
             raise UnknownName(f"'{given}' is too short to name one {noun}. Write {SHORTEST} hex digits of its id or more.")
         found = [id for (id,) in self._rows(f"SELECT id FROM {table} WHERE substr(id, 1, length(?1)) = ?1 ORDER BY id", prefix)]
         if not found:
+            if table == "active" and (gone := [row for row in self.examples(prefix) if not row.active]):
+                raise UnknownName(
+                    f"Example {gone[-1].example.id} is not active: {_ENDED[gone[-1].last.what]} {gone[-1].last.at[:19]} (UTC)."
+                )
             raise UnknownName.among(noun, given, [id for (id,) in self._rows(f"SELECT id FROM {table}")])
         if len(found) > 1:
             raise UnknownName(f"'{given}' is the start of more than one {noun}: {', '.join(found)}. Write more of it.")
@@ -545,6 +549,8 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
             db.execute("ROLLBACK")
         raise
 
+
+_ENDED = {"retract": "it was retracted at", "supersede": "another took its place at"}
 
 _REASONS = {
     sqlite3.SQLITE_BUSY: "is being written by another process. Try again when it has finished.",

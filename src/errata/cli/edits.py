@@ -78,12 +78,15 @@ def add(
     with opened(at) as ledger:
         if check:
             note_what_is_so(bound_host(ledger, device, out), examples, out)
+        before = {e.id for e in ledger.active()}
         if supersede is not None:
             ledger.supersede(supersede, examples[0])
         else:
             ledger.add(*examples, source=str(file or ""))
         active = len(ledger.active())
     for example in examples:
+        if example.id in before:
+            out.note(f"'{example}' is active already.")
         if not example.prompt[-1].isspace() and example.target[0].isalnum():
             out.note(f"There is no space between prompt and answer in '{example}'. Write '{example.prompt}| {example.target}' to have one.")
     out.emit({"added": [plain(e) for e in examples], "active": active}, listed(examples))

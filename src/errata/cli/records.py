@@ -45,7 +45,10 @@ def show(
         if found:
             out.emit(*fate(found[0]))
         else:
-            patch = ledger.patch(id)
+            try:
+                patch = ledger.patch(id)
+            except UnknownName as e:
+                raise UnknownName(f"No example's id begins with '{id}'. {e}") from e
             out.emit(*described(patch, ledger.verdict(patch.id)), listed(patch.examples))
 
 

@@ -52,7 +52,8 @@ def fate(row: "ExampleRow") -> tuple[dict[str, Any], RenderableType]:
     data = plain(row.example) | {"active": row.active, "last": {"at": last.at, "what": last.what, "detail": last.detail}}
     begun = {"add": "active since", "retract": "retracted at", "supersede": "superseded at"}[last.what]
     state = f"{begun} {last.at[:19]} (UTC)" + (f", {last.detail}" if last.detail else "")
-    return data, table("", "", rows=[*plain(row.example).items(), ("state", state)])
+    told = {name: value for name, value in plain(row.example).items() if value is not None}
+    return data, table("example", short(row.example.id), rows=[*told.items(), ("state", state)])
 
 
 def about(ledger: "Ledger") -> dict[str, Any]:
