@@ -265,7 +265,7 @@ def test_supersede_replaces_in_one_step_or_not_at_all(ledger: Ledger) -> None:
 def test_retract_needs_an_active_example(ledger: Ledger) -> None:
     ledger.add(fact(1))
     assert ledger.retract(fact(1).id) == fact(1).id
-    with pytest.raises(UnknownName, match="Unknown active example"):
+    with pytest.raises(UnknownName, match="is not active: it was retracted at"):
         ledger.retract(fact(1).id)
 
 

@@ -389,7 +389,7 @@ def test_numbers_are_written_for_people() -> None:
     assert interval(Estimate(0.5, None, None, 1), True) == "none"
     assert difference(Estimate(-0.5, -0.75, 0.25, 4), True) == "−50.0 (−75.0 to 25.0)"
     assert difference(Estimate(None, None, None, 0), True) == "none" and difference(Estimate(0.5, None, None, 1), True) == "+50.0"
-    assert [size(x) for x in (0, 900, 2048, 19_000_000)] == ["0 B", "900 B", "2.0 kB", "18.1 MB"]
+    assert [size(x) for x in (0, 900, 1000, 19_000_000)] == ["0 B", "900 B", "1.0 kB", "19.0 MB"]
     assert cut(" a\nb\x00\x1b ", 10) == "a ⏎ b��" and cut("x" * 99, 5) == "xxxxx…"
 
 
@@ -432,7 +432,7 @@ def test_the_picture_of_senses_shows_each_token_on_one_scale() -> None:
     root = ElementTree.fromstring(senses_panels("Senses & more", tokens))
     words = [t.text for t in root.iter("text")]
     assert words[0] == "The token ·Zürich<&>" and f"The token {'x' * 21}…" in words
-    assert words.count(r"·bank\x00") == words.count(r"\n") == words.count(r"\ud800") == 3 and words.count("8") == words.count("−1") == 3
+    assert words.count(r"·bank\x00") == words.count(r"\n") == words.count(r"\ud800") == 3 and words.count("8.00") == words.count("−1.00") == 3
     assert [w for w in words if w.startswith("sense ")] == [*(f"sense {k}" for k in range(6)), "sense 0"]
     bars = [r for r in root.iter("rect") if r.get("class", "").endswith("promoted")]
     widths = [float(r.get("width", "0")) for r in bars]

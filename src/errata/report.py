@@ -391,7 +391,7 @@ def interval(e: Estimate, as_rate: bool) -> str:
 
 def size(nbytes: int | float) -> str:
     units = ("B", "kB", "MB", "GB")
-    step = min(3, int(math.log(nbytes, 1000))) if nbytes >= 1 else 0
+    step = min(3, (len(str(int(nbytes))) - 1) // 3)
     return f"{nbytes / 1000**step:.{1 if step else 0}f} {units[step]}"
 
 
