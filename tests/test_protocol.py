@@ -237,6 +237,7 @@ def test_the_order_of_the_paper_in_one_line() -> None:
     assert "senses first at 1e-05 on backpack: holds (+10.0 [+10.0, +10.0] against finetune; without memit)" in said
     assert "lora over finetune and memit at 1e-04 on h: does not hold (-30.0 [-30.0, -30.0] against finetune)" in said
     assert "the ensemble over editing the large model: not measured" in said
+    assert "senses first: not measured" in order([column("senses", 3.0, 1e-5, "backpack"), column("lora", 1.0, 1e-5)])
 
 
 # ------------------------------------------------------------------------------------------------------------------------- the folder

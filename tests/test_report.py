@@ -432,7 +432,9 @@ def test_the_picture_of_senses_shows_each_token_on_one_scale() -> None:
     root = ElementTree.fromstring(senses_panels("Senses & more", tokens))
     words = [t.text for t in root.iter("text")]
     assert words[0] == "The token ·Zürich<&>" and f"The token {'x' * 21}…" in words
-    assert words.count(r"·bank\x00") == words.count(r"\n") == words.count(r"\ud800") == 3 and words.count("8.00") == words.count("−1.00") == 3
+    assert (
+        words.count(r"·bank\x00") == words.count(r"\n") == words.count(r"\ud800") == 3 and words.count("8.00") == words.count("−1.00") == 3
+    )
     assert [w for w in words if w.startswith("sense ")] == [*(f"sense {k}" for k in range(6)), "sense 0"]
     bars = [r for r in root.iter("rect") if r.get("class", "").endswith("promoted")]
     widths = [float(r.get("width", "0")) for r in bars]

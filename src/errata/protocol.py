@@ -830,6 +830,7 @@ def order(found: Iterable[Found]) -> str:
         columns.setdefault((f.column.host, f.column.label, f.epsilon), []).append(f)
     told = []
     for claim, first, others, epsilon in CLAIMS:
+        before = len(told)
         backpacks = {host for host, label, _ in columns if label == "senses"}
         hosts_ = [host for host, label, e in columns if label == first and e == epsilon and (first != "lora" or host not in backpacks)]
         for host in hosts_:
@@ -845,6 +846,6 @@ def order(found: Iterable[Found]) -> str:
                 f"{claim} at {epsilon:.0e} on {host}: {'holds' if ahead.value > 0 else 'does not hold'}"
                 f" ({ahead.value:+.1f}{within} against {second}{'; without ' + ', '.join(absent) if absent else ''})"
             )
-        if not hosts_:
+        if len(told) == before:  # no such column, or none beside it on its host
             told.append(f"{claim}: not measured")
     return "The paper's order: " + ". ".join(told) + "."
