@@ -828,7 +828,7 @@ def order(found: Iterable[Found]) -> str:
     columns: dict[tuple[str, str, float], list[Found]] = {}
     for f in found:
         columns.setdefault((f.column.host, f.column.label, f.epsilon), []).append(f)
-    told = []
+    told = list[str]()
     for claim, first, others, epsilon in CLAIMS:
         before = len(told)
         backpacks = {host for host, label, _ in columns if label == "senses"}
