@@ -3,8 +3,8 @@
     Delta = R K^T (lam C + K K^T)^-1        Meng et al. 2023, arXiv 2210.07229, equation 14       C = E[k k^T] over text
     Delta = R (K^T C^-1 K)^-1 K^T C^-1      the same with an equality constraint: Gupta et al. 2024, arXiv 2403.14236
 
-Both are one solve in whitened keys. With C = L L^T, X = L^-1 K and `prior` = lam or 0, Delta = R (X^T X + prior I)^-1 X^T L^-1: one
-Cholesky factor of C for all facts of a layer, in float64, and a system as large as there are facts.
+Both are one solve of the sums (`_normal.py`), with lam or without: one Cholesky factor of C for all facts of a layer, in float64, and a
+system as large as there are facts.
 
 Unlike memit@80426fd lam is in units of the key width, which is what k^T C^-1 k is on average over the text: with lam = 1 one usual key
 takes half of its residual. C gets a small multiple of the identity, for where it was estimated from little text.
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from errata import hooks, hosts, text
 from errata.hosts import Host, Weights, stored_transposed
+from errata.methods import _normal
+from errata.methods._normal import Prior, Whitened
 from errata.methods._trace import TRACED, trace
 from errata.methods._values import Place
 from errata.types import Add, AddLowRank, Case, Example, InvalidExample, Op, Run, State, UnknownName, WrongBase
@@ -103,27 +105,18 @@ def _in_out(host: Host, module: str) -> tuple[int, int]:
 
 def gains(L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"], prior: float) -> Float[Tensor, "P K"]:
     """(P, K) the rows g with Delta = R g: (prior C + K K^T)^-1 K, transposed; with prior 0 its limit, C^-1 K (K^T C^-1 K)^-1."""
-    X_KP = torch.linalg.solve_triangular(L_KK, K_KP, upper=False)
-    if prior and X_KP.shape[1] > len(X_KP):  # more facts than dimensions: the smaller system is the other one
-        M_KK = X_KP @ X_KP.T + prior * torch.eye(len(X_KP), dtype=X_KP.dtype, device=X_KP.device)
-        Y_KP = torch.cholesky_solve(X_KP, torch.linalg.cholesky(M_KK))
-    else:
-        S_PP = X_KP.T @ X_KP + prior * torch.eye(X_KP.shape[1], dtype=X_KP.dtype, device=X_KP.device)
-        factor_PP, wrong = torch.linalg.cholesky_ex(S_PP)
-        pivots_P = factor_PP.diagonal()
-        if int(wrong) or (not prior and float(pivots_P.min()) < 1e-6 * float(pivots_P.max())):
-            raise InvalidExample(
-                f"Of the keys of {X_KP.shape[1]} examples one follows from the others, so no change gives each its own value. "
-                f"Leave one of them out, or give the method some slack."
-            )
-        Y_KP = torch.cholesky_solve(X_KP.T.contiguous(), factor_PP).T
-    gains_PK: Tensor = torch.linalg.solve_triangular(L_KK.T, Y_KP, upper=True).T.contiguous()
-    return gains_PK
+    return gains_under(Whitened(L_KK=L_KK), K_KP, prior)
+
+
+def gains_under(prior: Prior, K_KP: Float[Tensor, "K P"], lam: float) -> Float[Tensor, "P K"]:
+    """(P, K) the rows g with Delta = R g, for any prior of the sums. Raises InvalidExample."""
+    keys_PK = K_KP.T
+    return _normal.gains(_normal.solve(_normal.of(prior, keys_PK, keys_PK.new_zeros(len(keys_PK), 0), keep=True), lam))
 
 
 def mean_energy(L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"]) -> float:
     """The mean of k^T C^-1 k over the columns of K."""
-    return float(torch.linalg.solve_triangular(L_KK, K_KP, upper=False).square().sum(0).mean())
+    return float(Whitened(L_KK=L_KK).into(K_KP.T).square().sum(1).mean())
 
 
 def spread(
