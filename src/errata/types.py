@@ -599,6 +599,10 @@ def no_progress(items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
     return iter(items)
 
 
+def forget(state: State) -> None:
+    """The `Run.keep` that keeps nothing."""
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -606,11 +610,13 @@ class Run:
 
     hold       documents that hold the model still while a method trains; it leaves out what states an edited fact
     budget     the constraint that methods train inside
+    keep       gets what a long `prepare` has so far, from time to time: an unfinished State, with which as `state` it goes on after a kill
     progress   wraps a loop: (items, label, total) -> the same items
     """
 
     hold: tuple[str, ...] = ()
     budget: Budget = Budget()
+    keep: Callable[[State], None] = forget
     seed: int = 0
     state: State | None = None
     progress: Progress = no_progress
