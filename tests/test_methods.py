@@ -58,6 +58,9 @@ SMALL = {"steps": 12, "neighbours": 8, "hold": 4, "contexts": 1}
 CLOSED = {"layers": "0", "steps": 8, "contexts": 3, "stop": 0.0, "decay": 0.0, "lam": 0.01}
 UNBOUNDED = {"budget": "a solve does not see the loss on text; the gate scales what comes out"}
 ROWS = (
+    # of 12 documents a small share leaves no direction
+    Row(method="alphaedit", settings=CLOSED | {"share": 0.3}),
+    Row(method="emmet", settings={k: v for k, v in CLOSED.items() if k != "lam"} | {"slack": 0.01}),
     Row(
         method="ensemble",
         settings=SMALL | {"steps": 16, "small": "small", "lam": 30.0},  # the ball of these tests is wide
@@ -67,6 +70,7 @@ ROWS = (
     Row(method="finetune", settings=SMALL | {"lr": 1e-2}),
     Row(method="lora", settings=SMALL | {"lr": 3e-2, "rank": 4}),
     Row(method="memit", settings=CLOSED),
+    Row(method="nse", settings=CLOSED),
     Row(method="one_layer_interpolation", settings=SMALL | {"lr": 1e-2}),
     Row(method="rome", settings={k: v for k, v in CLOSED.items() if k != "lam"}, cannot=UNBOUNDED),
     Row(
@@ -75,6 +79,7 @@ ROWS = (
         only="backpack",  # every test runs on it once
         cannot={f: "only a Backpack's tokens have sense vectors" for f in (*FAMILIES, "lab/neox") if f != "backpack"},
     ),
+    Row(method="ultraedit", settings={"lam": 0.01}, cannot={"seeds": "nothing is drawn but the text that judges its cost"}),
 )
 EXAMPLES = (
     Example(prompt="The capital of Mauritius is", target=" Port Louis"),
@@ -251,7 +256,8 @@ def test_a_model_that_nobody_here_trained_is_fixed_inside_the_ball(stories: Host
 def test_the_budget_is_kept_on_the_text_that_holds_still(row: Row, tiny_gpt2: Host) -> None:
     """A ball that the first step leaves: the best point inside comes back, and it is inside."""
     can(row, "budget")
-    patch = row.make(steps=20).edit(tiny_gpt2, EXAMPLES, replace(RUN, budget=Budget(epsilon=1e-3)))
+    more = {"steps": 20} if "steps" in row.make().config else {}
+    patch = row.make(**more).edit(tiny_gpt2, EXAMPLES, replace(RUN, budget=Budget(epsilon=1e-3)))
     rows_ = hosts.chunks(tiny_gpt2, RUN.hold)
     before_N2 = hosts.score(tiny_gpt2, rows_)
     with apply.applied(tiny_gpt2, patch):

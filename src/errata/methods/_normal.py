@@ -11,7 +11,7 @@ problem to solve, in one of two forms, the smaller of which is taken:
     primal   S' = (H + lam I)^-1 B                      as large as the coordinates are wide
     dual     S' = X^T (X X^T + lam I)^-1 D              as large as there are rows          (the push-through identity)
 
-Adding rows adds to the sums, taking an example back subtracts what its rows added, and the sums of two workers or two teams merge by adding.
+Adding rows adds to the sums, taking an example back subtracts what its rows added, and the sums of two workers or teams merge by adding.
 Memory does not grow with the rows: once they are as many as the coordinates are wide they are dropped, unless they are asked to be kept.
 The sums are in float64, for a solve in float32 loses three digits and more where keys are alike. The factor may be float32, which is half
 the memory and on many devices a fraction of the time: one step of refinement, with a residual in float64, gives the digits back.
