@@ -33,9 +33,16 @@ FLOOR = 0.05  # of the root mean square deviation of all coordinates: one that h
 
 
 def rows(
-    host: Host, examples: Sequence[Example], modules: Sequence[str], batch_size: int, progress: Progress = no_progress
+    host: Host,
+    examples: Sequence[Example],
+    modules: Sequence[str],
+    batch_size: int,
+    progress: Progress = no_progress,
+    everywhere: bool = False,
 ) -> tuple[Rows, ...]:
     """The rows of each example, those of a contrast behind those of the target. `batch_size` examples are in memory at once, at most.
+
+    `everywhere`: those of every token that something follows, not of those alone that predict an answer's.
 
     Raises InvalidExample for what cannot be encoded.
     """
@@ -46,8 +53,8 @@ def rows(
     for group in progress(groups, "reading value gradients", len(groups)):
         own = [encoded[i] for i in group]
         flat = [row for rows_ in own for row in rows_]
-        parts = captured(host, flat, modules, _summed_loss([examples[i] for i in group], own))
-        counts = [sum(len(ids) - max(given, 1) for ids, given in rows_) for rows_ in own]
+        parts = captured(host, flat, modules, _summed_loss([examples[i] for i in group], own), everywhere)
+        counts = [sum(len(ids) - (1 if everywhere else max(given, 1)) for ids, given in rows_) for rows_ in own]
         keys = {m: k.float().cpu().split(counts) for m, (k, _) in parts.items()}
         values = {m: v.float().cpu().split(counts) for m, (_, v) in parts.items()}
         for j, i in enumerate(group):
@@ -74,9 +81,10 @@ def _summed_loss(examples: Sequence[Example], own: Sequence[list[Row]]) -> Calla
 
 
 def captured(
-    host: Host, encoded: Sequence[Row], modules: Sequence[str], loss: Callable[[Float[Tensor, "N"]], Tensor]
+    host: Host, encoded: Sequence[Row], modules: Sequence[str], loss: Callable[[Float[Tensor, "N"]], Tensor], everywhere: bool = False
 ) -> dict[str, tuple[Float[Tensor, "Q K"], Float[Tensor, "Q V"]]]:
-    """{module: (k, v)} at what predicts the scored tokens, row after row. `loss` is a function of log p of each row's scored tokens."""
+    """{module: (k, v)} at what predicts the scored tokens (or any token, with `everywhere`), row after row. `loss` is a function of log p
+    of each row's scored tokens."""
     batch = hosts.pad(host, encoded)
     said_NT = batch.scored_NT.bool()
     outputs: dict[str, Tensor] = {}
@@ -94,7 +102,7 @@ def captured(
         with hooks.shifting(host.model, {module: turned(module) for module in modules}):
             logp_NT = hosts.scored_logprobs(host, batch, still)
         found = torch.autograd.grad(loss(logp_NT.sum(1)), [outputs[module] for module in modules])
-    at_NT = said_NT[:, 1:]
+    at_NT = (batch.mask_NT.bool() if everywhere else said_NT)[:, 1:]
     return {m: (keys[m][:, :-1][at_NT].detach(), v[:, :-1][at_NT]) for m, v in zip(modules, found, strict=True)}
 
 
