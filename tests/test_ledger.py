@@ -1144,7 +1144,7 @@ if __name__ == "__main__":
 
 def test_the_newest_state_of_a_method_is_found(ledger: Ledger) -> None:
     assert ledger.latest_state("memit") is None
-    first, second, other = state_of(1.0), state_of(2.0), dataclasses.replace(state_of(3.0), method="malmen")
+    first, second, other = state_of(1.0), state_of(2.0), replace(state_of(3.0), method="malmen")
     for state in (first, second, other):
         ledger.put_state(state)
     assert ledger.latest_state("memit").id == second.id and ledger.latest_state("malmen").id == other.id
@@ -1163,7 +1163,7 @@ def test_what_is_half_prepared_is_kept_beside_the_records(ledger: Ledger) -> Non
     ledger.forget_unfinished("memit")
     assert ledger.unfinished("memit") is None
     with pytest.raises(WrongBase):
-        ledger.keep_unfinished(dataclasses.replace(state_of(), host="b2:" + "0" * 32))
+        ledger.keep_unfinished(replace(state_of(), host="b2:" + "0" * 32))
 
 
 @pytest.mark.parametrize("spoil", [lambda raw: raw[:-1], lambda raw: raw[:20], lambda raw: b"", lambda raw: raw[:-9] + b"x" + raw[-8:]])

@@ -379,7 +379,7 @@ class Ledger:
         write_whole(self._unfinished(state.method), hashlib.sha256(raw).digest() + raw)
 
     def unfinished(self, method: str) -> State | None:
-        """What a preparation that was cut off had so far; None if there is none. Raises LedgerError if the file was cut short or altered."""
+        """What a preparation that was cut off had so far, if there is one. Raises LedgerError if the file was cut short or altered."""
         path = self._unfinished(method)
         try:
             raw = path.read_bytes()
