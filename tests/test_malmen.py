@@ -90,6 +90,8 @@ def test_modules_can_be_named(tiny_llama: Host) -> None:
     method = malmen(modules="model.layers.0.mlp, model.layers.1.mlp.down", steps=2)
     patch = method.edit(tiny_llama, EXAMPLES[:2], prepared(tiny_llama, method))
     names = [f"model.layers.0.mlp.{n}_proj.weight" for n in ("gate", "up", "down")] + ["model.layers.1.mlp.down_proj.weight"]
+    with pytest.raises(InvalidExample, match="is about"):
+        malmen(modules="model.layers.1.mlp.down").edit(tiny_llama, EXAMPLES[:2], prepared(tiny_llama, method))
     assert [op.weight for op in patch.ops] == names
 
 

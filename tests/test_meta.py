@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -138,13 +139,14 @@ def test_the_gradient_of_a_step_is_autograds_through_all_of_it(family: str, kind
 def test_a_step_does_not_depend_on_what_is_in_memory_at_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts in the model, rows in the network; seven prompts and eleven rows are divisible by neither."""
     host = tiny_host(family, dtype=torch.float64)
+    net, rows, C = learning(host, malmen())
     found = []
     for batch_size, chunk, at_once in ((64, 1024, 512), (1, 1, 512), (3, 2, 1), (5, 4, 60)):
         monkeypatch.setattr(_meta, "PASS", at_once)
         method = malmen(batch_size=batch_size, chunk=chunk)
-        net, rows, C = learning(host, malmen())
-        pulled(host, method, net, rows, C)
-        found.append({name: t.grad for name, t in net.parameters.items()})
+        leaves = {name: t.detach().clone().requires_grad_() for name, t in net.parameters.items()}
+        pulled(host, method, dataclasses.replace(net, parameters=leaves), rows, C)
+        found.append({name: t.grad for name, t in leaves.items()})
     for other in found[1:]:
         for name, grad in found[0].items():
             torch.testing.assert_close(other[name], grad, rtol=1e-9, atol=1e-12)
@@ -175,8 +177,13 @@ def test_the_host_is_untouched_and_the_cases_are_named(make: Callable[..., Malme
 
 
 @pytest.mark.parametrize("make", [malmen, mend])
-def test_after_a_kill_it_goes_on_as_if_there_had_been_none(make: Callable[..., Malmen | Mend], tiny_llama: Host) -> None:
+@pytest.mark.parametrize("remembered", [1 << 20, 0])
+def test_after_a_kill_it_goes_on_as_if_there_had_been_none(
+    make: Callable[..., Malmen | Mend], remembered: int, tiny_llama: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept: list[State] = []
+    monkeypatch.setattr(_meta, "BLOCK", 3)
+    monkeypatch.setattr(_meta, "REMEMBERED", remembered)
     whole = make().prepare(tiny_llama, CASES, dataclasses.replace(RUN, keep=kept.append))
     assert [s.config["step"] for s in kept] == [2, 4, 6] and all(s.config["unfinished"] for s in kept)
     again: list[State] = []
@@ -234,8 +241,6 @@ def test_what_should_stay_states_no_edited_fact(tiny_gpt2: Host) -> None:
     stated = "In Mauritius, Port Louis is the seat of all that counts."
     blocked = dataclasses.replace(CASES[0], neighbours=(Neighbour(prompt="The capital of France is", answer=" Rome", ring="relation"),))
     school = _meta._School(tiny_gpt2, lesson, (blocked, *CASES[1:]), dataclasses.replace(RUN, hold=(*TEXT, stated)), settings(method))
-    import random
-
     asked = school._asked([blocked, CASES[1]], random.Random(0))
     texts = [tiny_gpt2.tokenizer.decode(ids) for ids, _ in (*asked.near, *asked.held)]
     assert stated not in texts and any("Lily" in t for t in texts)

@@ -58,8 +58,9 @@ def prepare(
             ledger.keep_unfinished(state)
             told = state.config
             if not json:
+                best = told["best_loss"]
                 out.note(
-                    f"Step {told['step']}: the best so far on held-back cases is {told['best_loss']:.4f}, of step {told['best_step']}."
+                    f"Step {told['step']}: the best loss on held-back cases is {best and round(best, 4)}, of step {told['best_step']}."
                 )
 
         with out.busy("Reading the text that holds still"):

@@ -51,7 +51,8 @@ from errata.types import (
 BETAS = (0.9, 0.999)
 WARM = 10  # steps until the rates are whole
 HELD_BACK = (0.1, 2, 96)  # cases that validate: this share of them, at least, at most
-REMEMBERED = 1 << 28  # bytes of rows that are not taken again: those of a case are the same in every step
+REMEMBERED = 1 << 28  # bytes, about, of rows that are not taken again: those of a case are the same in every step
+BLOCK = 32  # cases whose rows are taken together
 
 Pull = Callable[[Float[Tensor, "K V"]], None]  # dL/dS -> adds what follows to the gradients of the network's parameters
 Merge = Callable[[Net, str, Float[Tensor, "N K"], Float[Tensor, "N V"]], tuple[Float[Tensor, "K V"], Pull]]
@@ -159,7 +160,8 @@ def learnt(host: Host, lesson: Lesson, cases: Sequence[Case], run: Run, s: Setti
     school = _School(host, lesson, cases, run, s)
 
     def state(point: Point, net: Net, **more: object) -> State:
-        told = {"step": point.step, "best_step": point.best_step, "best_loss": point.best_loss, "dropped": point.dropped}
+        best = point.best_loss if math.isfinite(point.best_loss) else None
+        told = {"step": point.step, "best_step": point.best_step, "best_loss": best, "dropped": point.dropped}
         config = {**lesson.config, "modules": list(lesson.modules), "widths": school.widths, "about": about, **told}
         tensors = {**lesson.tensors, **_hyper.tensors(net)}
         if more:
@@ -198,7 +200,7 @@ def _point(begun: State, device: torch.device, faithful: bool) -> Point:
         m=part("m/"),
         v=part("v/"),
         best=_hyper.of_tensors(part("best/"), widths, faithful, device),
-        best_loss=config["best_loss"],
+        best_loss=math.inf if config["best_loss"] is None else config["best_loss"],
         best_step=config["best_step"],
         dropped=config["dropped"],
     )
@@ -225,11 +227,13 @@ def known(made: Method, name: str, host: Host, state: State | None, fixed: Seque
     if state.host not in (host.id, host.base_id):
         raise WrongBase(f"State {state.id} was prepared on weights {state.host}, {host.name} has {host.id}. Prepare it again.")
     for setting in fixed:
-        if state.config[setting] != made.config[setting]:
+        if (was := state.config.get(setting)) != made.config[setting]:
             raise InvalidExample(
-                f"State {state.id} was prepared with {setting}={state.config[setting]}, {name} is asked for {made.config[setting]}. "
+                f"State {state.id} was prepared with {setting}={was}, {name} is asked for {made.config[setting]}. "
                 f"Ask for what was prepared, or prepare it again."
             )
+    if made.config["modules"] and (asked := modules_of(host, made.config["modules"])) != list(state.config["modules"]):
+        raise InvalidExample(f"State {state.id} is about {', '.join(state.config['modules'])}, {name} is asked for {', '.join(asked)}.")
     there = dict(host.model.named_modules())
     for module, (k, v) in widths_of(state).items():
         if module not in there:
@@ -271,10 +275,12 @@ class _School:
         unknown = [c for c in ordered if c.old is None]
         said = dict(zip((c.id for c in unknown), text.answers_now(host, [c.example for c in unknown]), strict=True))
         self.answers = {c.id: text.in_play(c.example, c.old if c.old is not None else said[c.id]) for c in ordered}
-        self.kept: dict[str, Rows] = {}
-        self.nbytes = 0
-        first = self._rows(self.train[:1])
-        self.widths = {m: (k.shape[1], g.shape[1]) for m, (k, g) in first.items()}
+        self.place = {c.id: i for i, c in enumerate(ordered)}
+        self.ordered = ordered
+        (first,) = lesson.rows((ordered[0].example,))
+        self.widths = {m: (k.shape[1], first.values[m].shape[1]) for m, k in first.keys.items()}
+        self.remembered = REMEMBERED // sum(t.nbytes for t in (*first.keys.values(), *first.values.values()))
+        self.kept: dict[int, Rows] = {}
 
     def first(self) -> Point:
         """The untrained network, whose differences are `share` of the outputs at the first rows; judged."""
@@ -286,7 +292,8 @@ class _School:
         usual = round(math.sqrt(s.least * s.most))
         for module, (keys_NK, g_NV) in self._rows(self.train[:usual]).items() if not s.faithful else ():
             given, asked = outputs(self.host, module, keys_NK), self.lesson.moved(net, module, keys_NK, g_NV)
-            net = _hyper.calibrated(net, module, s.share * float(given.norm() / asked.norm()))
+            if asked.norm() > 0:
+                net = _hyper.calibrated(net, module, s.share * float(given.norm() / asked.norm()))
         zero = {name: torch.zeros_like(t) for name, t in net.parameters.items()}
         bare = Point(step=0, net=net, m=zero, v=zero, best=net, best_loss=math.inf, best_step=0, dropped=0)
         return self.validated(bare)
@@ -341,14 +348,18 @@ class _School:
         return replace(point, best=point.net, best_loss=loss, best_step=point.step)
 
     def _rows(self, cases: Sequence[Case]) -> dict[str, tuple[Float[Tensor, "N K"], Float[Tensor, "N V"]]]:
-        """{module: (k, g)} of the cases' examples."""
-        fresh = {c.example.id: c.example for c in cases if c.example.id not in self.kept}
-        new = {r.example.id: r for r in self.lesson.rows(tuple(fresh.values()))} if fresh else {}
-        for id, r in new.items():
-            size = sum(t.numel() * t.element_size() for t in (*r.keys.values(), *r.values.values()))
-            if self.nbytes + size <= REMEMBERED:
-                self.kept[id], self.nbytes = r, self.nbytes + size
-        rows = [new.get(c.example.id) or self.kept[c.example.id] for c in cases]
+        """{module: (k, g)} of the cases' examples.
+
+        Those that are remembered are taken a whole block at a time, the others together: which rows go through the model at once, and so
+        their last digits, follows from the cases alone, not from what a training has done before.
+        """
+        places = [self.place[c.id] for c in cases]
+        for start in sorted({p // BLOCK * BLOCK for p in places if p < self.remembered and p not in self.kept}):
+            block = range(start, min(start + BLOCK, len(self.ordered)))
+            self.kept |= zip(block, self.lesson.rows(tuple(self.ordered[p].example for p in block)), strict=True)
+        others = [p for p in places if p not in self.kept]
+        new = dict(zip(others, self.lesson.rows(tuple(self.ordered[p].example for p in others)), strict=True)) if others else {}
+        rows = [self.kept[p] if p in self.kept else new[p] for p in places]
         return together(self.host, rows, self.lesson.modules, self.s.batch_size if self.s.faithful else None)
 
     def _asked(self, cases: Sequence[Case], rng: random.Random) -> Asked:
@@ -362,7 +373,8 @@ class _School:
             prompts += [(way if fits(host, way, c.example) else c.example.prompt, c.example) for way in chosen]
         edited = {e.prompt for e in examples}.union(*((*c.paraphrases, *c.paragraphs) for c in cases))
         around = [(nb.prompt, nb.answer) for c in cases for nb in c.neighbours if nb.prompt not in edited]
-        near = [hosts.encode(host, *pair) for pair in rng.sample(around, k=min(s.near, len(around)))]
+        around = rng.sample(around, k=min(s.near, len(around)))
+        near = [hosts.encode(host, *pair) for pair in around if fits(host, pair[0], Example(prompt=pair[0], target=pair[1]))]
         statements = text.Statements(examples, [self.answers[c.id] for c in cases], self.seen, len(self.documents))
         drawn = rng.sample(self.documents, k=min(2 * s.hold, len(self.documents)))
         quiet = [d for d in drawn if not statements.any_in(d)][: s.hold]
