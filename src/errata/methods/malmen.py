@@ -26,7 +26,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -56,8 +56,8 @@ class Malmen(Method):
     that go through the network at once; it changes nothing else. The rest: `_meta.Settings`."""
 
     modules: str = ""
-    tokens: Literal["answer", "all"] = "answer"
-    prior: Literal["C", "I"] = "C"
+    tokens: str = "answer"
+    prior: str = "C"
     restated: int = 4
     held: int = 500
     ridge: float = 1e-3

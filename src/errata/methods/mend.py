@@ -15,7 +15,7 @@ File legend: N rows, K key width, V value width.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -37,7 +37,7 @@ class Mend(Method):
     """modules, tokens, chunk: as in `malmen`. The rest: `_meta.Settings`. It is made for few examples at once; `most` says how many."""
 
     modules: str = ""
-    tokens: Literal["answer", "all"] = "all"
+    tokens: str = "all"
     chunk: int = 1024
     rank: int = 256
     lam: float = 1.0
