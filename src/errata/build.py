@@ -10,7 +10,20 @@ from typing import Any
 
 from errata import gate, hosts, methods, text
 from errata.hosts import Host
-from errata.types import Budget, ConflictError, Example, InvalidExample, Method, Neighbour, Patch, Progress, Run, Verdict, no_progress
+from errata.types import (
+    Budget,
+    ConflictError,
+    Example,
+    InvalidExample,
+    Method,
+    Neighbour,
+    Patch,
+    Progress,
+    Run,
+    State,
+    Verdict,
+    no_progress,
+)
 
 
 def parse(line: str) -> Example:
@@ -48,6 +61,7 @@ def edit(
     reference: str | Path | None = None,
     watched: Sequence[Neighbour | str] = (),
     seed: int = 0,
+    state: State | None = None,
     progress: Progress = no_progress,
     **settings: Any,
 ) -> tuple[Patch, Verdict]:
@@ -55,13 +69,14 @@ def edit(
 
     `reference` is a text or JSONL file, half of which holds the model still while the other half judges; without it the lab's own text
     or, for other models, text sampled from the model serves. `watched` are prompts whose answers the gate
-    compares. `settings` are the method's hyper-parameters, unless `method` is one already. The host is left bit-identical.
+    compares. `state` is what `method.prepare` returned, for a method that learns first. `settings` are the method's hyper-parameters,
+    unless `method` is one already. The host is left bit-identical.
     Look at `verdict.passed`: a patch that could not be made to fit comes back too, with the reason in `verdict.failures`.
 
     Raises InvalidExample, ConflictError, UnknownName, InvalidReference, BudgetError.
     """
     budget = budget or Budget(epsilon=epsilon)
-    ((patch, verdict),) = edit_within(host, examples, [budget], method, reference, watched, seed, progress, **settings)
+    ((patch, verdict),) = edit_within(host, examples, [budget], method, reference, watched, seed, progress, state, **settings)
     return patch, verdict
 
 
@@ -74,6 +89,7 @@ def edit_within(
     watched: Sequence[Neighbour | str] = (),
     seed: int = 0,
     progress: Progress = no_progress,
+    state: State | None = None,
     **settings: Any,
 ) -> list[tuple[Patch, Verdict]]:
     """`edit` for several budgets: built once, inside the widest of them; the gate scales it onto the edges of the others."""
@@ -84,5 +100,5 @@ def edit_within(
     judge, left_out = text.set_aside(judge, rows, text.answers_of(host, rows))
     base = gate.baseline(host, judge, left_out, watched)
     widest = max(budgets, key=lambda budget: budget.epsilon)
-    patch = made.edit(host, rows, Run(hold=hold, budget=widest, seed=seed, progress=progress))
+    patch = made.edit(host, rows, Run(hold=hold, budget=widest, seed=seed, state=state, progress=progress))
     return [gate.fit(host, patch, budget, base, progress=progress) for budget in budgets]

@@ -535,6 +535,22 @@ def read_cases(path: str | Path) -> tuple[Case, ...]:
     return tuple(_case(where, line) for where, line in text.lines(Path(path), "file of examples or cases", InvalidExample))
 
 
+def read_sound_cases(path: str | Path) -> tuple[tuple[Case, ...], tuple[InvalidExample, ...]]:
+    """(the cases of a file, what is wrong with each line that is none): among thousands a bad line need not cost the others.
+
+    Raises InvalidExample if there is no case at all.
+    """
+    cases, wrong = list[Case](), list[InvalidExample]()
+    for where, line in text.lines(Path(path), "case file", InvalidExample):
+        try:
+            cases.append(_case(where, line))
+        except InvalidExample as e:
+            wrong.append(e)
+    if not cases:
+        raise wrong[0]
+    return tuple(cases), tuple(wrong)
+
+
 def _case(where: str, line: str) -> Case:
     try:
         if not line.lstrip().startswith("{"):

@@ -138,7 +138,17 @@ def build(
         with out.busy(f"Looking at {len(examples)} example(s)"):
             road.check(host, examples)
             note_what_is_so(host, examples, out)
-        patch, verdict = road.edit(host, examples, made, budget=budget, reference=reference, watched=near, seed=seed, progress=out.progress)
+        patch, verdict = road.edit(
+            host,
+            examples,
+            made,
+            budget=budget,
+            reference=reference,
+            watched=near,
+            seed=seed,
+            state=ledger.latest_state(method),
+            progress=out.progress,
+        )
         ledger.put_patch(patch, verdict)
     out.emit(*described(patch, verdict))
     gate.require(verdict)
@@ -322,9 +332,10 @@ def judge(
     with opened(at) as ledger:
         worn = chosen_patch(ledger, patch)
         verdict = ledger.verdict(worn.id)
+        learnt = ledger.state(worn.config["state"]) if "state" in worn.config else None
         host = bound_host(ledger, device, out)
     before = evaluate.baseline(host, judged, judging_text(host, judged, reference, out), progress=out.progress)
-    base, edited = evaluate.evaluate(host, None, before), evaluate.evaluate(host, worn, before, progress=out.progress)
+    base, edited = evaluate.evaluate(host, None, before), evaluate.evaluate(host, worn, before, state=learnt, progress=out.progress)
     if report is not None:
         entry = page.Entry(
             label=worn.method, method=worn.method, scores=edited, verdict=verdict, config=dict(worn.config), moved=page.where(host, worn)
