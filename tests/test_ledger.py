@@ -1163,7 +1163,7 @@ def test_what_is_half_prepared_is_kept_beside_the_records(ledger: Ledger) -> Non
     ledger.forget_unfinished("memit")
     assert ledger.unfinished("memit") is None
     with pytest.raises(WrongBase):
-        ledger.keep_unfinished(replace(state_of(), host="b2:" + "0" * 32))
+        ledger.keep_unfinished(replace(state_of(), host="b2:" + "f" * 32))
 
 
 @pytest.mark.parametrize("spoil", [lambda raw: raw[:-1], lambda raw: raw[:20], lambda raw: b"", lambda raw: raw[:-9] + b"x" + raw[-8:]])

@@ -600,6 +600,7 @@ VALUES = {
     "Score": lambda: Score(case="c", measure="m", total=0.0, count=0),
     "State": lambda: State(method="m", host="h", config={}),
     "Run": Run,
+    "Rows": lambda: Rows(host="h", example=example(), keys={"m": torch.zeros(1, 2)}, values={"m": torch.zeros(1, 3)}),
 }
 
 

@@ -55,8 +55,8 @@ def rows(
         flat = [row for rows_ in own for row in rows_]
         parts = captured(host, flat, modules, _summed_loss([examples[i] for i in group], own), everywhere)
         counts = [sum(len(ids) - (1 if everywhere else max(given, 1)) for ids, given in rows_) for rows_ in own]
-        keys = {m: k.float().cpu().split(counts) for m, (k, _) in parts.items()}
-        values = {m: v.float().cpu().split(counts) for m, (_, v) in parts.items()}
+        keys = {m: torch.split(k.float().cpu(), counts) for m, (k, _) in parts.items()}
+        values = {m: torch.split(v.float().cpu(), counts) for m, (_, v) in parts.items()}
         for j, i in enumerate(group):
             # clones, for a part of a split keeps the whole in memory
             key, value = ({m: parts_[j].clone() for m, parts_ in both.items()} for both in (keys, values))

@@ -129,7 +129,8 @@ def covariance_factors(host: Host, state: State, layers: Sequence[int], ridge: f
 def factor(C_KK: Float[Tensor, "K K"], ridge: float) -> Float[Tensor, "K K"]:
     """The lower factor of C + ridge * mean eigenvalue * I."""
     shift = ridge * C_KK.diagonal().mean()
-    return torch.linalg.cholesky(C_KK + shift * torch.eye(len(C_KK), dtype=C_KK.dtype, device=C_KK.device))
+    L_KK: Tensor = torch.linalg.cholesky(C_KK + shift * torch.eye(len(C_KK), dtype=C_KK.dtype, device=C_KK.device))
+    return L_KK
 
 
 @torch.no_grad()

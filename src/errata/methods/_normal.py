@@ -57,10 +57,12 @@ class Whitened:
         return len(self.L_KK)
 
     def into(self, keys_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N R"]:
-        return torch.linalg.solve_triangular(self.L_KK, keys_NK.T, upper=False).T
+        X_RN: Tensor = torch.linalg.solve_triangular(self.L_KK, keys_NK.T, upper=False)
+        return X_RN.T
 
     def back(self, S_RV: Float[Tensor, "R V"]) -> Float[Tensor, "K V"]:
-        return torch.linalg.solve_triangular(self.L_KK.T, S_RV, upper=True)
+        S_KV: Tensor = torch.linalg.solve_triangular(self.L_KK.T, S_RV, upper=True)
+        return S_KV
 
 
 @final

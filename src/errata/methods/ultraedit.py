@@ -115,7 +115,8 @@ class Ultraedit(Method):
 def differences(k: Moments, v: Moments, keys_NK: Float[Tensor, "N K"], v_NV: Float[Tensor, "N V"], eta: float) -> Float[Tensor, "N V"]:
     """(N, V) d = -eta (|k~|^2 / K) (v~ / sqrt(V)): where k and v deviate as those of text do, |d| is eta."""
     size_N1 = _gradients.standardised(k, keys_NK).square().mean(1, keepdim=True)
-    return -eta * size_N1 * _gradients.standardised(v, v_NV) / v_NV.shape[1] ** 0.5
+    d_NV: Tensor = -eta * size_N1 * _gradients.standardised(v, v_NV) / v_NV.shape[1] ** 0.5
+    return d_NV
 
 
 def _usual_output(host: Host, module: str, C_KK: Float[Tensor, "K K"]) -> float:
