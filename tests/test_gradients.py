@@ -40,9 +40,9 @@ def loss_of(host: Host, e: Example, shifts: dict[str, Tensor] | None = None, con
             return hosts.scored_logprobs(host, batch).sum(1)
 
     target = logp(e.target, not contrast)
-    n = torch.tensor([float(tokens_of(host, e, e.target))])
+    n = torch.tensor([float(tokens_of(host, e, e.target))], dtype=torch.float64)
     loss = goal_losses(target, logp(e.contrast, contrast) if e.contrast else target, n, [e], enough=0.0)
-    return float(loss[0] * (n if e.goal == "raise" else 1.0))
+    return float(loss[0]) * (float(n) if e.goal == "raise" else 1.0)
 
 
 def tokens_of(host: Host, e: Example, answer: str) -> int:

@@ -66,12 +66,12 @@ class Ultraedit(Method):
         """C, the mean and deviation of keys and gradients, and the size of the outputs of each module, over text. No case is read."""
         texts, modules = run.hold or text.sampled(host, seed=run.seed), self._modules(host)
         C, tokens = _keys.covariances(host, texts, modules, self.per_key)
-        tensors = dict(C)
+        tensors, rows = dict(C), 0
         for module, (k, v) in _gradients.of_text(host, texts, modules, STATISTICS).items():
             tensors[f"{module}/k"] = torch.stack([k.mean_W, k.squares_W]).float().cpu()
             tensors[f"{module}/v"] = torch.stack([v.mean_W, v.squares_W]).float().cpu()
-            tensors[f"{module}/n"] = torch.tensor(k.n)
-        return State(method="ultraedit", host=host.id, config={"modules": modules, "tokens": tokens}, tensors=tensors)
+            rows = k.n  # the same for all of them
+        return State(method="ultraedit", host=host.id, config={"modules": modules, "tokens": tokens, "rows": rows}, tensors=tensors)
 
     def rows(self, host: Host, examples: tuple[Example, ...], run: Run) -> tuple[Rows, ...]:
         """Keys and value gradients of each example."""
@@ -129,7 +129,7 @@ def _usual_output(host: Host, module: str, C_KK: Float[Tensor, "K K"]) -> float:
 
 def _moments(state: State, module: str, which: str, like: Tensor) -> Moments:
     mean_W, squares_W = state.tensors[f"{module}/{which}"].to(like)
-    return Moments(n=int(state.tensors[f"{module}/n"]), mean_W=mean_W, squares_W=squares_W)
+    return Moments(n=int(state.config["rows"]), mean_W=mean_W, squares_W=squares_W)
 
 
 def _written(host: Host, module: str, solved: _normal.Solved) -> tuple[Op, Tensor]:
