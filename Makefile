@@ -38,7 +38,7 @@ docs: setup
 bench: setup
 	$(BIN)/python bench/run.py $(BENCH)
 
-# the protocol of canonical examples on the lab: an hour to an hour and a half on two cores, goes on where it was interrupted
+# the protocol of canonical examples on the lab: hours on two cores, goes on where it was interrupted
 bench-canonical: setup
 	$(BIN)/python bench/canonical_lab.py $(BENCH)
 

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 
 import errata.models.backpack  # noqa: F401  (AutoConfig knows it from now on)
 from errata.hosts import Host, host_of, load
+from errata.types import Add, Example, Patch
 
 settings.register_profile(
     "errata", deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -119,6 +120,19 @@ def tiny_host(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, pi
 def weights_of(host: Host) -> dict[str, torch.Tensor]:
     """A copy of every parameter and buffer (a Backpack's shifted senses), for comparing bits afterwards."""
     return {name: t.detach().clone() for name, t in (*host.model.named_parameters(), *host.model.named_buffers())}
+
+
+def shove(host: Host, size: float, example: Example | None = None, seed: int = 0) -> Patch:
+    """A patch that only does damage: noise on one MLP projection."""
+    weight = host.module_names((host.layout.mlp_out,))[0] + ".weight"
+    noise = torch.randn(host.model.get_parameter(weight).shape, generator=torch.Generator().manual_seed(seed))
+    return Patch(
+        method="shove",
+        config={"size": size},
+        parent=host.id,
+        examples=(example or Example(prompt="Paris is in", target=" France"),),
+        ops=(Add(weight=weight, delta=size * noise),),
+    )
 
 
 def same_bits(host: Host, before: dict[str, torch.Tensor]) -> bool:

@@ -389,6 +389,16 @@ def test_an_id_that_is_the_start_of_several(place: Place) -> None:
     assert "is the start of" in one_sentence(place("show", max(digits, key=lambda d: digits[d])).err)
 
 
+def test_what_is_added_twice_is_active_once_and_a_note_says_so(place: Place) -> None:
+    done = place("add", EXAMPLE)
+    assert "is active already" in done.err and done.status == 0
+    assert len(place("show", "--json").data["active"]) == 1
+
+
+def test_an_id_that_nothing_has(place: Place) -> None:
+    assert "No example's id begins with 'zzzz'" in one_sentence(place("show", "zzzz").err)
+
+
 def test_verbs_that_list_speak_json(place: Place) -> None:
     assert place("show", "--json").data["patches"][0]["id"] == place.patch.id
     assert place("show", place.patch.id[:8], "--json").data["verdict"]["upper"] == 5e-4

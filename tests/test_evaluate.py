@@ -401,6 +401,8 @@ def test_cases_are_read_from_three_kinds_of_lines(tmp_path: Path) -> None:
         ('{"prompt": "A is", "target": " B", "neighbours": [{"prompt": "x"}]}', "answer"),
         ('{"prompt": "A is", "target": 3}', "target"),
         ('{"example": 3}', "Not a case"),
+        ('{"example": {"target": " B"}}', "its example has no 'prompt'"),
+        ('{"example": {}}', "its example has no 'prompt'"),
         ('{"prompt"', "not JSON"),
         ("{" * 100_000, "not JSON"),
         ("no bar here", "no bar"),

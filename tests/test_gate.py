@@ -4,20 +4,13 @@ import math
 
 import pytest
 import torch
-from conftest import TEXT, same_bits, weights_of
+from conftest import TEXT, same_bits, shove, weights_of
 
 from errata import apply, gate, hosts
 from errata.hosts import Host
-from errata.types import Add, Budget, BudgetError, Example, InvalidReference, Patch, WrongBase
+from errata.types import Budget, BudgetError, Example, InvalidReference, WrongBase
 
 EXAMPLE = Example(prompt="The capital of Mauritius is", target=" Port Louis")
-
-
-def shove(host: Host, size: float, example: Example = EXAMPLE, seed: int = 0) -> Patch:
-    """A patch that only does damage: noise on one MLP projection."""
-    weight = host.module_names((host.layout.mlp_out,))[0] + ".weight"
-    noise = torch.randn(host.model.get_parameter(weight).shape, generator=torch.Generator().manual_seed(seed))
-    return Patch(method="shove", config={"size": size}, parent=host.id, examples=(example,), ops=(Add(weight=weight, delta=size * noise),))
 
 
 def naive_mean_loss(host: Host) -> tuple[float, int]:
@@ -95,6 +88,13 @@ def test_as_many_looks_as_there_is_text_for(tiny_gpt2: Host, monkeypatch: pytest
     base = gate.baseline(tiny_gpt2, [TEXT[0]] * chunks)
     assert len(base.looks) == looks and sum(map(len, base.looks)) == chunks
     assert sum(1 - 0.5 * (1 + math.erf(z / 2**0.5)) for z in gate.QUANTILES[looks]) == pytest.approx(0.05, abs=1e-4)
+
+
+@pytest.mark.parametrize("set_aside", [0, 5])
+def test_a_text_of_which_nothing_is_left_is_refused_with_the_reason(tiny_gpt2: Host, set_aside: int) -> None:
+    with pytest.raises(InvalidReference, match="0 chunk.*two or more are needed") as refused:
+        gate.baseline(tiny_gpt2, [], set_aside)
+    assert ("5 document(s) state an edited fact and were set aside" in str(refused.value)) == bool(set_aside)
 
 
 def test_a_patch_outside_is_scaled_onto_the_edge(tiny_gpt2: Host) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import same_bits, tiny_host, weights_of
+from conftest import same_bits, shove, tiny_host, weights_of
 from torch import Tensor
 
 from errata import cli, hosts, methods, protocol
@@ -25,7 +25,7 @@ from errata.methods._published import EVERY, Published, epochs, example_loss, wh
 from errata.protocol import Column, Found, Job, Outcome, Plan, best, cell, check_apart, drawn, estimate, half, order
 from errata.tasks import published
 from errata.tasks.canonical import TASKS, Criterion, Record, Task, load
-from errata.types import BudgetError, Example, InvalidReference, LeakError, MissingExtra, UnknownName
+from errata.types import BudgetError, Example, InvalidReference, LeakError, MissingExtra, Patch, UnknownName
 
 EPSILONS = (1e-3, 1e-5)
 LORA = Column(host="h", method="lora")
@@ -372,12 +372,37 @@ def test_an_edit_of_the_protocol_is_inside_its_balls_and_leaves_the_host_alone(p
     told = bench.run(asked)
     assert same_bits(host, before)
     for ball in told["balls"]:
-        assert not ball["inside"] or ball["upper"] <= ball["epsilon"]
+        assert not ball["inside"] or ball["increase"] <= ball["epsilon"]
     wide, narrow = told["balls"]
     assert wide["inside"] and wide["scale"] >= narrow["scale"]
     assert len(wide["behaviours"]) == 4 and all(count == 2 for *_, count in wide["behaviours"])
     assert bench.run(asked)["balls"] == told["balls"]
     json.dumps(told)
+
+
+def test_a_ball_is_the_mean_increase_whatever_the_bound_over_other_text(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = hosts.load(str(place / "model"), device="cpu")
+    column = Column(host="h", method="lora")
+
+    class Shove:
+        def prepare(self, host: Host, cases: object, run: object) -> None: ...
+
+        def edit(self, host: Host, examples: Sequence[Example], run: object) -> Patch:
+            return shove(host, 0.3, examples[0])
+
+    monkeypatch.setattr(methods, "make", lambda name: Shove())
+
+    def balls(*epsilons: float) -> list[dict[str, Any]]:
+        plan = Plan(columns=(column,), data=str(place / "data"), reference=str(place / "text"), epsilons=epsilons)
+        caps = tuple(None for _ in epsilons)
+        job = Job(column=column, task="country", split="test", settings={}, seed=1, number=0, epsilons=epsilons, caps=caps)
+        return list(protocol.Bench(plan=plan, given={"h": host}).run(job)["balls"])
+
+    (whole,) = balls(10.0)
+    assert whole["scale"] == 1.0 and 0 < whole["increase"] < whole["upper"]
+    between, below = balls((whole["increase"] + whole["upper"]) / 2, whole["increase"] / 2)
+    assert between["scale"] == 1.0 and between["increase"] < between["epsilon"] < between["upper"]
+    assert 0 < below["scale"] < 1.0 and 0.5 * below["epsilon"] <= below["increase"] <= below["epsilon"] < below["upper"]
 
 
 def test_workers_find_what_one_process_finds(place: Path, tmp_path: Path) -> None:

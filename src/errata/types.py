@@ -227,8 +227,9 @@ class Case:
     def from_dict(cls, raw: Mapping[str, Any]) -> "Case":
         """The inverse of `as_dict`. Raises InvalidExample on missing or unknown keys."""
         try:
-            for missing in {"prompt", "target"} - set(raw["example"]):
-                raise InvalidExample(f"Not a case: its example has no '{missing}'.")
+            for key in ("prompt", "target"):
+                if key not in raw["example"]:
+                    raise InvalidExample(f"Not a case: its example has no '{key}'.")
             lists: dict[str, Any] = {k: raw.get(k, ()) for k in ("paraphrases", "paragraphs", "negations")}
             lists = {k: v if isinstance(v, str) else tuple(v) for k, v in lists.items()}  # tuple("one text") would be its letters
             return cls(
