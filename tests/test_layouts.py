@@ -113,7 +113,7 @@ def test_a_list_that_is_broken_or_empty(tmp_path: Path) -> None:
 
 
 @pytest.mark.data
-def test_the_published_files_are_read_but_for_one_record(tmp_path: Path) -> None:
+def test_the_published_files_are_read_but_for_two_records() -> None:
     cases, wrong = read_sound_cases(real("data", "zsre") / "zsre_mend_train-1k.json")
-    assert len(cases) == 999 and [str(e).split(" of ")[0] for e in wrong] == ["Record 535"]
+    assert len(cases) == 998 and [str(e).split(" of ")[0] for e in wrong] == ["Record 535", "Record 724"]  # no target
     assert len(read_cases(real("data", "counterfact") / "counterfact-val.json")) == 1919
