@@ -577,7 +577,8 @@ def _case(where: str, record: Any) -> Case:
         if not isinstance(raw, dict):
             raise InvalidExample(f"a record is a table, got {raw!r}.")
         if layout := next((layout for layout in LAYOUTS if raw.keys() >= layout.KEYS), None):
-            return layout.case(raw)
+            published: Case = layout.case(raw)
+            return published
         if "example" not in raw:
             raw["example"] = {f.name: raw.pop(f.name) for f in fields(Example) if f.name in raw}
         return Case.from_dict(raw)

@@ -24,7 +24,7 @@ from torch import Tensor
 from errata import hooks, hosts, text
 from errata.hosts import Host, Weights, stored_transposed
 from errata.methods import _normal
-from errata.methods._normal import Prior, Whitened
+from errata.methods._normal import Prior, Sums, Whitened
 from errata.methods._trace import TRACED, trace
 from errata.methods._values import Place, Settings, places, prefixes, quiet, values
 from errata.types import Add, AddLowRank, Case, Example, InvalidExample, Method, Op, Run, State, UnknownName, WrongBase
@@ -235,6 +235,25 @@ def _op(host: Host, layer: int, parts: Sequence[tuple[Float[Tensor, "P K"], Floa
     if P * (K + D) < K * D:
         return AddLowRank(weight=f"{module}.weight", A=A_PK.float().cpu().contiguous(), B=B_DP.float().cpu().contiguous())
     return Add(weight=f"{module}.weight", delta=_product(host, module, parts).cpu())
+
+
+def of_sums(host: Host, sums: Mapping[str, tuple[Sums, float]], lam: float) -> tuple[tuple[Op, ...], Weights]:
+    """(one op for each module of `sums`, the weights with them on); each module's weight of the prior is lam times its own number.
+
+    An op is factors where they are smaller than their product.
+    """
+    ops, weights = list[Op](), Weights()
+    for module, (total, unit) in sums.items():
+        solved = _normal.solve(total, lam * unit)
+        name, base = f"{module}.weight", host.model.get_parameter(f"{module}.weight").detach()
+        change = solved.shift if stored_transposed(host.model.get_submodule(module)) else solved.shift.T
+        weights[name] = (base.float() + change.float()).to(base.dtype)
+        if total.rows is not None and total.n * sum(change.shape) < change.numel():
+            A_NK, B_VN = _normal.gains(solved), total.rows[1].T
+            ops.append(AddLowRank(weight=name, A=A_NK.float().cpu(), B=B_VN.float().cpu().contiguous()))
+        else:
+            ops.append(Add(weight=name, delta=change.float().cpu().contiguous()))
+    return tuple(ops), weights
 
 
 def within(

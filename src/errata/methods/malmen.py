@@ -33,14 +33,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from errata import text
-from errata.hosts import Host, Weights, stored_transposed
+from errata.hosts import Host
 from errata.methods import _gradients, _hyper, _keys, _meta, _normal
 from errata.methods._hyper import Net
 from errata.methods._meta import Lesson, Merge, Pull
-from errata.methods._normal import Plain, Prior, Solved, Whitened
+from errata.methods._normal import Plain, Prior, Whitened
 from errata.methods._restated import restated, spoken_of
 from errata.methods._values import quiet
-from errata.types import Add, AddLowRank, Case, Example, InvalidExample, Method, Op, Patch, Rows, Run, State
+from errata.types import Case, Example, InvalidExample, Method, Patch, Rows, Run, State
 
 FAITHFUL = {"prior": "I", "lam": 1.0, "restated": 0, "rank": 1920, "lr": 1e-5, "rate": 1e-5, "near_weight": 1.0, "hold_weight": 0.0}
 FIXED = ("tokens", "prior", "restated", "ridge", "faithful")  # what an edit must share with its preparation
@@ -132,14 +132,8 @@ class Malmen(Method):
             d_NV = self._differences(net, module, keys_NK, g_NV)
             sums[module] = _normal.of(prior, keys_NK, d_NV), unit * _hyper.lam(net, module)
 
-        def solved(times: float) -> tuple[tuple[Op, ...], Weights]:
-            ops, weights = [], Weights()
-            for module, (total, lam) in sums.items():
-                op, weights[f"{module}.weight"] = written(host, module, _normal.solve(total, times * lam))
-                ops.append(op)
-            return tuple(ops), weights
-
-        ops = _keys.within(host, quiet(host, examples, run, self.held), run.budget.epsilon, 1.0, solved)
+        still = quiet(host, examples, run, self.held)
+        ops = _keys.within(host, still, run.budget.epsilon, 1.0, lambda times: _keys.of_sums(host, sums, times))
         return Patch(method="malmen", config=self.config | {"state": state.id}, parent=host.id, examples=examples, ops=ops)
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
@@ -191,17 +185,6 @@ class Malmen(Method):
             return solved.shift, pull
 
         return merge
-
-
-def written(host: Host, module: str, solved: Solved) -> tuple[Op, Tensor]:
-    """(the op, the weight with it on): factors where they are smaller than their product."""
-    name, base = f"{module}.weight", host.model.get_parameter(f"{module}.weight").detach()
-    change = solved.shift if stored_transposed(host.model.get_submodule(module)) else solved.shift.T
-    weight = (base.float() + change.float()).to(base.dtype)
-    if solved.sums.rows is not None and solved.sums.n * sum(change.shape) < change.numel():
-        A_NK, B_VN = _normal.gains(solved), solved.sums.rows[1].T
-        return AddLowRank(weight=name, A=A_NK.float().cpu(), B=B_VN.float().cpu().contiguous()), weight
-    return Add(weight=name, delta=change.float().cpu().contiguous()), weight
 
 
 # ------------------------------------------------------------------------------------------------------------------------- other phrasings

@@ -25,11 +25,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from errata import text
-from errata.hosts import Host, Weights, stored_transposed
+from errata.hosts import Host, stored_transposed
 from errata.methods import _gradients, _keys, _normal
 from errata.methods._gradients import Moments
 from errata.methods._values import quiet
-from errata.types import Add, AddLowRank, Case, Example, InvalidExample, Method, Op, Patch, Rows, Run, State, WrongBase
+from errata.types import Case, Example, InvalidExample, Method, Patch, Rows, Run, State, WrongBase
 
 STATISTICS = 4096  # tokens of text that the deviations of keys and gradients are estimated from
 
@@ -88,14 +88,8 @@ class Ultraedit(Method):
         ordered = sorted(rows, key=lambda r: r.example.id)
         sums = {module: self._sums(host, module, ordered, state) for module in self._modules(host)}
 
-        def solved(lam: float) -> tuple[tuple[Op, ...], Weights]:
-            ops, weights = [], Weights()
-            for module, (total, scale) in sums.items():
-                op, weights[f"{module}.weight"] = _written(host, module, _normal.solve(total, lam * scale))
-                ops.append(op)
-            return tuple(ops), weights
-
-        ops = _keys.within(host, quiet(host, examples, run, self.held), run.budget.epsilon, self.lam, solved)
+        still = quiet(host, examples, run, self.held)
+        ops = _keys.within(host, still, run.budget.epsilon, self.lam, lambda lam: _keys.of_sums(host, sums, lam))
         return Patch(method="ultraedit", config=self.config, parent=host.id, examples=examples, ops=ops)
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
@@ -130,14 +124,3 @@ def _usual_output(host: Host, module: str, C_KK: Float[Tensor, "K K"]) -> float:
 def _moments(state: State, module: str, which: str, like: Tensor) -> Moments:
     mean_W, squares_W = state.tensors[f"{module}/{which}"].to(like)
     return Moments(n=int(state.config["rows"]), mean_W=mean_W, squares_W=squares_W)
-
-
-def _written(host: Host, module: str, solved: _normal.Solved) -> tuple[Op, Tensor]:
-    """(the op, the weight with it on): factors where they are smaller than their product."""
-    name, base = f"{module}.weight", host.model.get_parameter(f"{module}.weight").detach()
-    change = solved.shift if stored_transposed(host.model.get_submodule(module)) else solved.shift.T
-    weight = (base.float() + change.float()).to(base.dtype)
-    if solved.sums.rows is not None and solved.sums.n * sum(change.shape) < change.numel():
-        A_NK, B_VN = _normal.gains(solved), solved.sums.rows[1].T
-        return AddLowRank(weight=name, A=A_NK.float().cpu(), B=B_VN.float().cpu().contiguous()), weight
-    return Add(weight=name, delta=change.float().cpu().contiguous()), weight
