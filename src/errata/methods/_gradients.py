@@ -16,7 +16,7 @@ File legend: N rows, T tokens, Q scored tokens, K key width, V value width, W wi
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -27,8 +27,9 @@ from torch import Tensor
 from errata import hooks, hosts
 from errata.hosts import Host
 from errata.methods._descend import PASS, Row, goal_losses
-from errata.types import Example, Progress, Rows, no_progress
+from errata.types import Example, Progress, Rows, WrongBase, no_progress
 
+AT_ONCE = 256  # examples whose rows are in memory together
 FLOOR = 0.05  # of the root mean square deviation of all coordinates: one that hardly moves would become all that counts
 
 
@@ -62,6 +63,21 @@ def rows(
             key, value = ({m: parts_[j].clone() for m, parts_ in both.items()} for both in (keys, values))
             out[i] = Rows(host=host.id, example=examples[i], keys=key, values=value)
     return tuple(out[i] for i in range(len(examples)))
+
+
+def some(examples: Sequence[Example]) -> Iterator[tuple[Example, ...]]:
+    """The examples in the order of their ids, `AT_ONCE` of them at a time: that many rows are in memory while sums are made of them."""
+    ordered = sorted(examples, key=lambda e: e.id)
+    for start in range(0, len(ordered), AT_ONCE):
+        yield tuple(ordered[start : start + AT_ONCE])
+
+
+def in_order(host: Host, rows_: Sequence[Rows]) -> list[list[Rows]]:
+    """The rows as `some` would have had them taken. Raises WrongBase for rows of other weights."""
+    if other := next((r for r in rows_ if r.host != host.id), None):
+        raise WrongBase(f"The rows of '{other.example}' were taken on weights {other.host}, {host.name} has {host.id}. Take them again.")
+    ordered = sorted(rows_, key=lambda r: r.example.id)
+    return [ordered[start : start + AT_ONCE] for start in range(0, len(ordered), AT_ONCE)]
 
 
 def _summed_loss(examples: Sequence[Example], own: Sequence[list[Row]]) -> Callable[[Float[Tensor, "N"]], Tensor]:

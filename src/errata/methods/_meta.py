@@ -250,12 +250,6 @@ def known(made: Method, name: str, host: Host, state: State | None, fixed: Seque
         raise WrongBase(f"State {state.id} lacks {e}, which a {name} of this version needs. Prepare it again.") from e
 
 
-def check_rows(host: Host, rows: Sequence[Rows]) -> None:
-    """Raises WrongBase for rows of other weights."""
-    if other := next((r for r in rows if r.host != host.id), None):
-        raise WrongBase(f"The rows of '{other.example}' were taken on weights {other.host}, {host.name} has {host.id}. Take them again.")
-
-
 # --------------------------------------------------------------------------------------------------------------------------- the training
 
 

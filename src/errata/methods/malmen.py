@@ -122,22 +122,24 @@ class Malmen(Method):
 
     def solve(self, host: Host, rows: tuple[Rows, ...], run: Run) -> Patch:
         """The patch that all the rows come to, in whatever order. Raises WrongBase for rows of other weights."""
-        _meta.check_rows(host, rows)
-        state, net = _meta.known(self, "malmen", host, run.state, FIXED)
-        examples = tuple(r.example for r in rows)
-        ordered = sorted(rows, key=lambda r: r.example.id)
-        sums: dict[str, tuple[_normal.Sums, float]] = {}
-        for module, (keys_NK, g_NV) in _meta.together(host, ordered, state.config["modules"], self._batch()).items():
-            prior, unit = self._prior(_keys.covariance_of(host, state, module))
-            d_NV = self._differences(net, module, keys_NK, g_NV)
-            sums[module] = _normal.of(prior, keys_NK, d_NV), unit * _hyper.lam(net, module)
-
-        still = quiet(host, examples, run, self.held)
-        ops = _keys.within(host, still, run.budget.epsilon, 1.0, lambda times: _keys.of_sums(host, sums, times))
-        return Patch(method="malmen", config=self.config | {"state": state.id}, parent=host.id, examples=examples, ops=ops)
+        return self._solved(host, tuple(r.example for r in rows), _gradients.in_order(host, rows), run)
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
-        return self.solve(host, self.rows(host, examples, run), run)
+        """`solve` of the `rows`, of which only some are in memory at once."""
+        return self._solved(host, examples, (self.rows(host, some, run) for some in _gradients.some(examples)), run)
+
+    def _solved(self, host: Host, examples: tuple[Example, ...], rows: Iterable[Sequence[Rows]], run: Run) -> Patch:
+        state, net = _meta.known(self, "malmen", host, run.state, FIXED)
+        priors = {m: self._prior(_keys.covariance_of(host, state, m)) for m in state.config["modules"]}
+        sums: dict[str, _normal.Sums] = {}
+        for part in rows:
+            for module, (keys_NK, g_NV) in _meta.together(host, part, list(priors), self._batch()).items():
+                new = _normal.of(priors[module][0], keys_NK, self._differences(net, module, keys_NK, g_NV))
+                sums[module] = _normal.merged(sums[module], new) if module in sums else new
+        weighed = {module: (total, priors[module][1] * _hyper.lam(net, module)) for module, total in sums.items()}
+        still = quiet(host, examples, run, self.held)
+        ops = _keys.within(host, still, run.budget.epsilon, 1.0, lambda times: _keys.of_sums(host, weighed, times))
+        return Patch(method="malmen", config=self.config | {"state": state.id}, parent=host.id, examples=examples, ops=ops)
 
     def _batch(self) -> int | None:
         return self.batch_size if self.faithful else None

@@ -87,25 +87,35 @@ class Mend(Method):
 
     def solve(self, host: Host, rows: tuple[Rows, ...], run: Run) -> Patch:
         """The sum of all the rows' edits, in whatever order. Raises WrongBase for rows of other weights."""
-        _meta.check_rows(host, rows)
-        state, net = _meta.known(self, "mend", host, run.state, FIXED)
-        ordered = sorted(rows, key=lambda r: r.example.id)
-        ops: list[Op] = []
-        for module, both in _meta.together(host, ordered, state.config["modules"], self._batch()).items():
-            name, turned = f"{module}.weight", stored_transposed(host.model.get_submodule(module))
-            if len(both[0]) * sum(x.shape[1] for x in both) < host.model.get_parameter(name).numel():
-                with torch.no_grad():
-                    k_NK, g_NV = _hyper.factors(net, module, *both)
-                    B_VN = (-_hyper.eta(net, module) * g_NV).T
-                ops.append(AddLowRank(weight=name, A=k_NK.float().cpu().contiguous(), B=B_VN.float().cpu().contiguous()))
-            else:
-                S_KV = self._sum(net, module, *both)
-                ops.append(Add(weight=name, delta=(S_KV if turned else S_KV.T).float().cpu().contiguous()))
-        config = self.config | {"state": state.id}
-        return Patch(method="mend", config=config, parent=host.id, examples=tuple(r.example for r in rows), ops=tuple(ops))
+        return self._summed(host, tuple(r.example for r in rows), _gradients.in_order(host, rows), run)
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
-        return self.solve(host, self.rows(host, examples, run), run)
+        """`solve` of the `rows`, of which only some are in memory at once."""
+        return self._summed(host, examples, (self.rows(host, some, run) for some in _gradients.some(examples)), run)
+
+    def _summed(self, host: Host, examples: tuple[Example, ...], rows: Iterable[Sequence[Rows]], run: Run) -> Patch:
+        state, net = _meta.known(self, "mend", host, run.state, FIXED)
+        factors: dict[str, list[tuple[Tensor, Tensor]]] = {m: [] for m in state.config["modules"]}
+        dense: dict[str, Tensor] = {}
+        for part in rows:
+            for module, both in _meta.together(host, part, list(factors), self._batch()).items():
+                with torch.no_grad():
+                    k_NK, g_NV = _hyper.factors(net, module, *both)
+                    factors[module].append((k_NK, -_hyper.eta(net, module) * g_NV))
+                if sum(len(k) for k, _ in factors[module]) * (k_NK.shape[1] + g_NV.shape[1]) >= k_NK.shape[1] * g_NV.shape[1]:
+                    done = sum((k.T @ d for k, d in factors[module]), dense.pop(module, torch.zeros(())))
+                    dense[module], factors[module] = done, []  # the product is smaller than its factors
+        ops: list[Op] = []
+        for module, left in factors.items():
+            turned, name = stored_transposed(host.model.get_submodule(module)), f"{module}.weight"
+            if module in dense:
+                S_KV = sum((k.T @ d for k, d in left), dense[module])
+                ops.append(Add(weight=name, delta=(S_KV if turned else S_KV.T).float().cpu().contiguous()))
+            else:
+                A, B = torch.cat([k for k, _ in left]), torch.cat([d for _, d in left]).T
+                ops.append(AddLowRank(weight=name, A=A.float().cpu().contiguous(), B=B.float().cpu().contiguous()))
+        config = self.config | {"state": state.id}
+        return Patch(method="mend", config=config, parent=host.id, examples=examples, ops=tuple(ops))
 
     def _batch(self) -> int | None:
         return self.batch_size if self.faithful else None

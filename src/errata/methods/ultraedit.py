@@ -28,8 +28,9 @@ from errata import text
 from errata.hosts import Host, stored_transposed
 from errata.methods import _gradients, _keys, _normal
 from errata.methods._gradients import Moments
+from errata.methods._normal import Plain, Prior, Whitened
 from errata.methods._values import quiet
-from errata.types import Case, Example, InvalidExample, Method, Patch, Rows, Run, State, WrongBase
+from errata.types import Case, Example, InvalidExample, Method, Patch, Rows, Run, State
 
 STATISTICS = 4096  # tokens of text that the deviations of keys and gradients are estimated from
 
@@ -79,31 +80,34 @@ class Ultraedit(Method):
 
     def solve(self, host: Host, rows: tuple[Rows, ...], run: Run) -> Patch:
         """The patch that all the rows come to, in whatever order. Raises WrongBase for rows of other weights."""
-        if other := next((r for r in rows if r.host != host.id), None):
-            raise WrongBase(
-                f"The rows of '{other.example}' were taken on weights {other.host}, {host.name} has {host.id}. Take them again."
-            )
-        examples = tuple(r.example for r in rows)
-        state = run.state or self.prepare(host, (), run)
-        ordered = sorted(rows, key=lambda r: r.example.id)
-        sums = {module: self._sums(host, module, ordered, state) for module in self._modules(host)}
-
-        still = quiet(host, examples, run, self.held)
-        ops = _keys.within(host, still, run.budget.epsilon, self.lam, lambda lam: _keys.of_sums(host, sums, lam))
-        return Patch(method="ultraedit", config=self.config, parent=host.id, examples=examples, ops=ops)
+        return self._solved(host, tuple(r.example for r in rows), _gradients.in_order(host, rows), run)
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
-        return self.solve(host, self.rows(host, examples, run), run)
+        """`solve` of the `rows`, of which only some are in memory at once."""
+        return self._solved(host, examples, (self.rows(host, some, run) for some in _gradients.some(examples)), run)
 
-    def _sums(self, host: Host, module: str, rows: Sequence[Rows], state: State) -> tuple[_normal.Sums, float]:
-        """(the sums of one module, what lam is multiplied with)."""
-        C_KK = _keys.covariance_of(host, state, module)
-        keys_NK, v_NV = (torch.cat([getattr(r, which)[module] for r in rows]).to(C_KK) for which in ("keys", "values"))
-        k, v = (_moments(state, module, which, C_KK) for which in ("k", "v"))
-        d_NV = differences(k, v, keys_NK, v_NV, self.eta * _usual_output(host, module, C_KK))
+    def _solved(self, host: Host, examples: tuple[Example, ...], rows: Iterable[Sequence[Rows]], run: Run) -> Patch:
+        state = run.state or self.prepare(host, (), run)
+        C = {module: _keys.covariance_of(host, state, module) for module in self._modules(host)}
+        priors = {module: self._prior(C_KK) for module, C_KK in C.items()}
+        usual = {module: _usual_output(host, module, C_KK) for module, C_KK in C.items()}
+        sums: dict[str, _normal.Sums] = {}
+        for part in rows:
+            for module, C_KK in C.items():
+                keys_NK, v_NV = (torch.cat([getattr(r, which)[module] for r in part]).to(C_KK) for which in ("keys", "values"))
+                k, v = (_moments(state, module, which, C_KK) for which in ("k", "v"))
+                new = _normal.of(priors[module][0], keys_NK, differences(k, v, keys_NK, v_NV, self.eta * usual[module]))
+                sums[module] = _normal.merged(sums[module], new) if module in sums else new
+        weighed = {module: (total, priors[module][1]) for module, total in sums.items()}
+        still = quiet(host, examples, run, self.held)
+        ops = _keys.within(host, still, run.budget.epsilon, self.lam, lambda lam: _keys.of_sums(host, weighed, lam))
+        return Patch(method="ultraedit", config=self.config, parent=host.id, examples=examples, ops=ops)
+
+    def _prior(self, C_KK: Float[Tensor, "K K"]) -> tuple[Prior, float]:
+        """(P, what lam is multiplied with)."""
         if self.prior == "I":
-            return _normal.of(_normal.Plain(width=len(C_KK)), keys_NK, d_NV), float(C_KK.diagonal().sum())
-        return _normal.of(_normal.Whitened(L_KK=_keys.factor(C_KK, self.ridge)), keys_NK, d_NV), float(len(C_KK))
+            return Plain(width=len(C_KK)), float(C_KK.diagonal().sum())
+        return Whitened(L_KK=_keys.factor(C_KK, self.ridge)), float(len(C_KK))
 
 
 def differences(k: Moments, v: Moments, keys_NK: Float[Tensor, "N K"], v_NV: Float[Tensor, "N V"], eta: float) -> Float[Tensor, "N V"]:
