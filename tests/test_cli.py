@@ -769,7 +769,7 @@ def test_what_was_prepared_is_built_with_and_its_cases_judge_nothing(place: Plac
     assert told.status == 0 and told.data["cases"] == 5 and told.data["step"] == 4 and told.data["dropped"] == 0, told
     with Ledger(place.path) as book:
         state = book.latest_state("malmen")
-        assert state is not None and state.id == told.data["state"] and book.unfinished("malmen") is None
+        assert state is not None and state.id == told.data["state"] and book.aside("malmen") is None
     assert place(*learn, "--json").data["state"] == state.id, "the same again"
     shown = place(*learn, "--seed", 1)
     assert "malmen has learnt from 5 cases" in shown.out and "errata build --method malmen" in shown.out and "Step 2:" in shown.err
@@ -780,6 +780,21 @@ def test_what_was_prepared_is_built_with_and_its_cases_judge_nothing(place: Plac
         assert built["config"]["state"] == book.latest_state("malmen").id != state.id, "the newest"
     leak = place("eval", "--cases", training, "--patch", built["patch"])
     assert leak.status == 1 and "was trained on" in one_sentence(leak.err)
+
+
+def test_a_build_goes_on_from_the_sums_of_the_last_one(place: Place, reference: Path) -> None:
+    place("add", *(f"Town {i} lies in the land of| Port Louis number {7 * i}" for i in range(24)))
+    build_ = ("build", "--method", "ultraedit", "--set=held=0", "--reference", reference, "--epsilon", WIDE, "--json")
+    first = place(*build_).lines[0]["patch"]
+    sums = place.path / "aside" / "ultraedit-sums.safetensors"
+    assert sums.exists() and place(*build_).lines[0]["patch"] == first
+    before = sums.read_bytes()
+    place("add", "Town 99 lies in the land of| Port Louis number 1")
+    assert place(*build_).lines[0]["patch"] != first and sums.read_bytes() != before
+    sums.write_bytes(before[:-5])
+    done = place(*build_)
+    assert "cut short" in done.err and "The sums are made again" in done.err and sums.read_bytes()[:-5] != before[:-5]
+    assert place("verify").status == 0
 
 
 def test_prepare_says_in_a_sentence_what_it_cannot_do(bad: Callable[..., str], models: Path, reference: Path, training: Path) -> None:
@@ -803,24 +818,24 @@ def test_a_bad_line_of_a_training_file_costs_itself_alone(place: Place, referenc
 
 def test_prepare_goes_on_after_a_kill(place: Place, reference: Path, training: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learn = ("prepare", "malmen", *LEARN, "--cases", training, "--reference", reference)
-    keep, whole = Ledger.keep_unfinished, place(*learn, "--json").data["state"]
+    keep, whole = Ledger.put_aside, place(*learn, "--json").data["state"]
 
     def killed(book: Ledger, state: Any) -> None:
         keep(book, state)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(Ledger, "keep_unfinished", killed)
+        m.setattr(Ledger, "put_aside", killed)
         assert place(*learn).status == 130
     again = place(*learn, "--json")
     assert "Going on behind step 2" in again.err and again.data["state"] == whole
 
     with monkeypatch.context() as m:
-        m.setattr(Ledger, "keep_unfinished", killed)
+        m.setattr(Ledger, "put_aside", killed)
         place(*learn)
     other = place(*learn, "--seed", 7)
     assert other.status == 1 and "begin afresh" in other.err
-    half = place.path / "unfinished" / "malmen.safetensors"
+    half = place.path / "aside" / "malmen.safetensors"
     half.write_bytes(half.read_bytes()[:-5])
     assert "cut short" in one_sentence(place(*learn).err)
     assert place(*learn, "--afresh", "--json").data["state"] == whole and not half.exists()

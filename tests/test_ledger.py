@@ -1153,23 +1153,23 @@ def test_the_newest_state_of_a_method_is_found(ledger: Ledger) -> None:
 
 
 def test_what_is_half_prepared_is_kept_beside_the_records(ledger: Ledger) -> None:
-    assert ledger.unfinished("memit") is None
+    assert ledger.aside("memit") is None
     for value in (1.0, 2.0):
-        ledger.keep_unfinished(state_of(value))
+        ledger.put_aside(state_of(value))
     with Ledger(ledger.path) as again:
-        assert again.unfinished("memit").id == state_of(2.0).id and again.unfinished("malmen") is None
+        assert again.aside("memit").id == state_of(2.0).id and again.aside("malmen") is None
         assert again.verify() == [] and again.latest_state("memit") is None and again.collect() == []
-    ledger.forget_unfinished("memit")
-    ledger.forget_unfinished("memit")
-    assert ledger.unfinished("memit") is None
+    ledger.drop_aside("memit")
+    ledger.drop_aside("memit")
+    assert ledger.aside("memit") is None
     with pytest.raises(WrongBase):
-        ledger.keep_unfinished(replace(state_of(), host="b2:" + "f" * 32))
+        ledger.put_aside(replace(state_of(), host="b2:" + "f" * 32))
 
 
 @pytest.mark.parametrize("spoil", [lambda raw: raw[:-1], lambda raw: raw[:20], lambda raw: b"", lambda raw: raw[:-9] + b"x" + raw[-8:]])
 def test_what_is_half_prepared_and_was_cut_short_is_refused_in_one_sentence(ledger: Ledger, spoil: Any) -> None:
-    ledger.keep_unfinished(state_of())
-    path = ledger.path / "unfinished" / "memit.safetensors"
+    ledger.put_aside(state_of())
+    path = ledger.path / "aside" / "memit.safetensors"
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(LedgerError, match="cut short or altered.*Begin afresh"):
-        ledger.unfinished("memit")
+        ledger.aside("memit")

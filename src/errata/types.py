@@ -613,7 +613,8 @@ class Run:
 
     hold       documents that hold the model still while a method trains; it leaves out what states an edited fact
     budget     the constraint that methods train inside
-    keep       gets what a long `prepare` has so far, from time to time: an unfinished State, with which as `state` it goes on after a kill
+    keep       gets what a long `prepare` has so far, from time to time: an unfinished State, with which as `state` it goes on after a kill;
+               and what an edit that is a sum has come to, as a State, which as `sums` makes the next one read only what has changed
     progress   wraps a loop: (items, label, total) -> the same items
     """
 
@@ -622,6 +623,7 @@ class Run:
     keep: Callable[[State], None] = forget
     seed: int = 0
     state: State | None = None
+    sums: State | None = None
     progress: Progress = no_progress
 
 

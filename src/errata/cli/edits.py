@@ -16,7 +16,8 @@ from errata.cli.shown import about, described, listed, number, plain, short, tab
 
 if TYPE_CHECKING:
     from errata.hosts import Host
-    from errata.types import Case, Example
+    from errata.ledger import Ledger
+    from errata.types import Case, Example, State
 
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; see 'errata methods'.")]
 
@@ -147,11 +148,25 @@ def build(
             watched=near,
             seed=seed,
             state=ledger.latest_state(method),
+            sums=kept_sums(ledger, method, out),
+            keep=lambda sums: ledger.put_aside(sums, f"{method}-sums"),
             progress=out.progress,
         )
         ledger.put_patch(patch, verdict)
     out.emit(*described(patch, verdict))
     gate.require(verdict)
+
+
+def kept_sums(ledger: "Ledger", method: str, out: Out) -> "State | None":
+    """Those of the last build, so that this one reads only the examples that came or went. Damaged ones are made again, with a note."""
+    from errata.types import LedgerError
+
+    try:
+        return ledger.aside(f"{method}-sums")
+    except LedgerError as e:
+        out.note(f"{e} The sums are made again.")
+        ledger.drop_aside(f"{method}-sums")
+        return None
 
 
 def settings_of(method: str, given: Sequence[str]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def prepare(
     if reference is not None:
         text.read(reference)  # a bad file is reported before the model is loaded
     with opened(at) as ledger:
-        begun = None if afresh else ledger.unfinished(method)
+        begun = None if afresh else ledger.aside(method)
         host = bound_host(ledger, device, out) if name is None else load_host(name, device, out)
         if host.id != ledger.host:
             raise WrongBase(f"The ledger {ledger.path} is about {ledger.model} ({ledger.host}), {host.name} is {host.id}. Name its model.")
@@ -55,7 +55,7 @@ def prepare(
             out.note(f"Going on behind step {begun.config['step']}; --afresh would begin again.")
 
         def keep(state: "State") -> None:
-            ledger.keep_unfinished(state)
+            ledger.put_aside(state)
             told = state.config
             if not json:
                 best = told["best_loss"]
@@ -69,7 +69,7 @@ def prepare(
         state = made.prepare(host, learning, run)
         assert state is not None, "a method that prepares returns what it prepared"
         ledger.put_state(state)
-        ledger.forget_unfinished(method)
+        ledger.drop_aside(method)
     if dropped := state.config.get("dropped"):
         out.note(f"{dropped} of {state.config['step']} steps were dropped: a gradient was not finite.")
     size = sum(t.numel() * t.element_size() for t in state.tensors.values())

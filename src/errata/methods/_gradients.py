@@ -29,7 +29,7 @@ from errata.hosts import Host
 from errata.methods._descend import PASS, Row, goal_losses
 from errata.types import Example, Progress, Rows, WrongBase, no_progress
 
-AT_ONCE = 256  # examples whose rows are in memory together
+AT_ONCE = 64  # examples whose rows are in memory together
 FLOOR = 0.05  # of the root mean square deviation of all coordinates: one that hardly moves would become all that counts
 
 

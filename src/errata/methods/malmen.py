@@ -34,7 +34,7 @@ from torch import Tensor
 
 from errata import text
 from errata.hosts import Host
-from errata.methods import _gradients, _hyper, _keys, _meta, _normal
+from errata.methods import _gradients, _hyper, _kept, _keys, _meta, _normal
 from errata.methods._hyper import Net
 from errata.methods._meta import Lesson, Merge, Pull
 from errata.methods._normal import Plain, Prior, Whitened
@@ -122,21 +122,40 @@ class Malmen(Method):
 
     def solve(self, host: Host, rows: tuple[Rows, ...], run: Run) -> Patch:
         """The patch that all the rows come to, in whatever order. Raises WrongBase for rows of other weights."""
-        return self._solved(host, tuple(r.example for r in rows), _gradients.in_order(host, rows), run)
+        state, priors, read = self._known(host, run)
+        sums = _kept.of_rows(_gradients.in_order(host, rows), {m: prior for m, (prior, _) in priors.items()}, read)
+        return self._solved(host, tuple(r.example for r in rows), state, priors, sums, run)
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
-        """`solve` of the `rows`, of which only some are in memory at once."""
-        return self._solved(host, examples, (self.rows(host, some, run) for some in _gradients.some(examples)), run)
+        """`solve` of the `rows`, of which only some are in memory at once; from `run.sums`, if these are of the same settings."""
+        state, priors, read = self._known(host, run)
+        about = _kept.about(host, "malmen", state.id, self.config | {"held": 0})
+        sums = _kept.of_examples(
+            host, "malmen", about, examples, {m: prior for m, (prior, _) in priors.items()}, lambda e: self.rows(host, e, run), read, run
+        )
+        return self._solved(host, examples, state, priors, sums, run)
 
-    def _solved(self, host: Host, examples: tuple[Example, ...], rows: Iterable[Sequence[Rows]], run: Run) -> Patch:
+    def _known(self, host: Host, run: Run) -> tuple[State, dict[str, tuple[Prior, float]], _kept.Read]:
+        """(the state, {module: its prior and what lam counts in}, what makes keys and differences of rows)."""
         state, net = _meta.known(self, "malmen", host, run.state, FIXED)
         priors = {m: self._prior(_keys.covariance_of(host, state, m)) for m in state.config["modules"]}
-        sums: dict[str, _normal.Sums] = {}
-        for part in rows:
-            for module, (keys_NK, g_NV) in _meta.together(host, part, list(priors), self._batch()).items():
-                new = _normal.of(priors[module][0], keys_NK, self._differences(net, module, keys_NK, g_NV))
-                sums[module] = _normal.merged(sums[module], new) if module in sums else new
-        weighed = {module: (total, priors[module][1] * _hyper.lam(net, module)) for module, total in sums.items()}
+
+        def read(rows: Iterable[Rows]) -> dict[str, tuple[Tensor, Tensor]]:
+            both = _meta.together(host, list(rows), list(priors), self._batch())
+            return {m: (keys_NK, self._differences(net, m, keys_NK, g_NV)) for m, (keys_NK, g_NV) in both.items()}
+
+        return state, {m: (prior, unit * _hyper.lam(net, m)) for m, (prior, unit) in priors.items()}, read
+
+    def _solved(
+        self,
+        host: Host,
+        examples: tuple[Example, ...],
+        state: State,
+        priors: Mapping[str, tuple[Prior, float]],
+        sums: Mapping[str, _normal.Sums],
+        run: Run,
+    ) -> Patch:
+        weighed = {m: (total, priors[m][1]) for m, total in sums.items()}
         still = quiet(host, examples, run, self.held)
         ops = _keys.within(host, still, run.budget.epsilon, 1.0, lambda times: _keys.of_sums(host, weighed, times))
         return Patch(method="malmen", config=self.config | {"state": state.id}, parent=host.id, examples=examples, ops=ops)

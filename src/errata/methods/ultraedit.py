@@ -16,7 +16,7 @@ the identity, as published; lam says, as in `memit`, that a usual key takes 1 / 
 and it rises until the loss on text is inside the budget. The gradients are sums over tokens (there: means over a batch).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from errata import text
 from errata.hosts import Host, stored_transposed
-from errata.methods import _gradients, _keys, _normal
+from errata.methods import _gradients, _kept, _keys, _normal
 from errata.methods._gradients import Moments
 from errata.methods._normal import Plain, Prior, Whitened
 from errata.methods._values import quiet
@@ -80,25 +80,44 @@ class Ultraedit(Method):
 
     def solve(self, host: Host, rows: tuple[Rows, ...], run: Run) -> Patch:
         """The patch that all the rows come to, in whatever order. Raises WrongBase for rows of other weights."""
-        return self._solved(host, tuple(r.example for r in rows), _gradients.in_order(host, rows), run)
+        priors, read, _ = self._known(host, run)
+        sums = _kept.of_rows(_gradients.in_order(host, rows), {m: prior for m, (prior, _) in priors.items()}, read)
+        return self._solved(host, tuple(r.example for r in rows), priors, sums, run)
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
-        """`solve` of the `rows`, of which only some are in memory at once."""
-        return self._solved(host, examples, (self.rows(host, some, run) for some in _gradients.some(examples)), run)
+        """`solve` of the `rows`, of which only some are in memory at once; from `run.sums`, if these are of the same settings."""
+        priors, read, state = self._known(host, run)
+        about = _kept.about(host, "ultraedit", state.id, self.config | {"held": 0, "lam": 0})
+        sums = _kept.of_examples(
+            host, "ultraedit", about, examples, {m: prior for m, (prior, _) in priors.items()}, lambda e: self.rows(host, e, run), read, run
+        )
+        return self._solved(host, examples, priors, sums, run)
 
-    def _solved(self, host: Host, examples: tuple[Example, ...], rows: Iterable[Sequence[Rows]], run: Run) -> Patch:
+    def _known(self, host: Host, run: Run) -> tuple[dict[str, tuple[Prior, float]], _kept.Read, State]:
+        """({module: its prior and what lam is multiplied with}, what makes keys and differences of rows, the state)."""
         state = run.state or self.prepare(host, (), run)
         C = {module: _keys.covariance_of(host, state, module) for module in self._modules(host)}
-        priors = {module: self._prior(C_KK) for module, C_KK in C.items()}
         usual = {module: _usual_output(host, module, C_KK) for module, C_KK in C.items()}
-        sums: dict[str, _normal.Sums] = {}
-        for part in rows:
+
+        def read(rows: Iterable[Rows]) -> dict[str, tuple[Tensor, Tensor]]:
+            part, out = list(rows), {}
             for module, C_KK in C.items():
                 keys_NK, v_NV = (torch.cat([getattr(r, which)[module] for r in part]).to(C_KK) for which in ("keys", "values"))
                 k, v = (_moments(state, module, which, C_KK) for which in ("k", "v"))
-                new = _normal.of(priors[module][0], keys_NK, differences(k, v, keys_NK, v_NV, self.eta * usual[module]))
-                sums[module] = _normal.merged(sums[module], new) if module in sums else new
-        weighed = {module: (total, priors[module][1]) for module, total in sums.items()}
+                out[module] = (keys_NK, differences(k, v, keys_NK, v_NV, self.eta * usual[module]))
+            return out
+
+        return {module: self._prior(C_KK) for module, C_KK in C.items()}, read, state
+
+    def _solved(
+        self,
+        host: Host,
+        examples: tuple[Example, ...],
+        priors: Mapping[str, tuple[Prior, float]],
+        sums: Mapping[str, _normal.Sums],
+        run: Run,
+    ) -> Patch:
+        weighed = {m: (total, priors[m][1]) for m, total in sums.items()}
         still = quiet(host, examples, run, self.held)
         ops = _keys.within(host, still, run.budget.epsilon, self.lam, lambda lam: _keys.of_sums(host, weighed, lam))
         return Patch(method="ultraedit", config=self.config, parent=host.id, examples=examples, ops=ops)
