@@ -3,8 +3,8 @@
     H, B  +  those of the new examples  -  those of the examples that went            for each module, under one prior (`_normal.py`)
 
 What is kept is a State of a few matrices and the list of its examples: it does not grow with them as their rows would. The rows of an
-example that went are taken again, on the base, where they are what they were. Sums of less rows than coordinates are not kept, since
-making them anew costs as little and keeps their patch in factors.
+example that went are taken again, on the base, where they are what they were. While the rows are fewer than the coordinates, and a patch is
+made of them in factors, they are kept as they are; if an example goes then, those of the others are taken anew.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -56,7 +56,7 @@ def of_examples(
         there = {e.id: e for e in (Example(**raw) for raw in run.sums.config["examples"])}
     wanted = {e.id: e for e in examples}
     gone = [e for id, e in there.items() if id not in wanted]
-    if there and 2 * len(gone) <= len(there) and run.sums is not None:
+    if there and run.sums is not None and (not gone or (2 * len(gone) <= len(there) and _folded(run.sums))):
         sums = _of_state(run.sums, priors)
     else:
         there, gone = {}, []
@@ -66,7 +66,7 @@ def of_examples(
     for part in _gradients.some(gone):
         for module, (keys_NK, d_NV) in read(take(part)).items():
             sums[module] = _normal.without(sums[module], keys_NK, d_NV)
-    if (new or gone) and all(total.folded is not None for total in sums.values()):
+    if new or gone:
         run.keep(_state(host, method, about, tuple(wanted.values()), sums))
     return sums
 
@@ -74,16 +74,23 @@ def of_examples(
 def _state(host: Host, method: str, about: str, examples: Iterable[Example], sums: Mapping[str, Sums]) -> State:
     tensors: dict[str, Tensor] = {}
     for module, total in sums.items():
-        assert total.folded is not None, "rows are not kept"
-        tensors |= {f"{module}/{name}": part.cpu() for name, part in zip("HB", total.folded, strict=True)}
+        both, names = (total.rows, "XD") if total.folded is None else (total.folded, "HB")
+        assert both is not None, "sums have their rows or what these come to"
+        tensors |= {f"{module}/{name}": part.cpu() for name, part in zip(names, both, strict=True)}
     counts = {module: total.n for module, total in sums.items()}
     config = {"about": about, "rows": counts, "examples": [e.as_dict() for e in sorted(examples, key=lambda e: e.id)]}
     return State(method=method, host=host.id, config=config, tensors=tensors)
 
 
+def _folded(state: State) -> bool:
+    return not any(name.endswith("/X") for name in state.tensors)
+
+
 def _of_state(state: State, priors: Mapping[str, Prior]) -> dict[str, Sums]:
     out: dict[str, Sums] = {}
     for module, prior in priors.items():
-        folded = (state.tensors[f"{module}/H"], state.tensors[f"{module}/B"])
-        out[module] = Sums(prior=prior, n=state.config["rows"][module], keep=False, rows=None, folded=folded)
+        X, D, H, B = (state.tensors.get(f"{module}/{name}") for name in "XDHB")
+        rows = None if X is None or D is None else (X, D)
+        folded = None if H is None or B is None else (H, B)
+        out[module] = Sums(prior=prior, n=state.config["rows"][module], keep=False, rows=rows, folded=folded)
     return out
