@@ -54,9 +54,9 @@ def test_the_shift_is_the_formula(host: Host, settings: dict[str, Any]) -> None:
 def test_it_learns_to_carry_edits_to_other_phrasings(host: Host) -> None:
     """On cases that it did not see; what comes of it is better than what an untrained network does, in what it was trained for."""
     kept: list[State] = []
-    method = malmen(steps=24, every=3, lr=1e-3, rate=0.1, share=0.1)
+    method = malmen(steps=24, every=3, lr=1e-3, rate=0.1, share=0.1, hold_weight=1.0)
     state = method.prepare(host, CASES, dataclasses.replace(RUN, keep=kept.append))
-    untrained = malmen(steps=1, every=1, lr=1e-12, rate=1e-12, share=0.1).prepare(host, CASES, RUN).config["best_loss"]
+    untrained = malmen(steps=1, every=1, lr=1e-12, rate=1e-12, share=0.1, hold_weight=1.0).prepare(host, CASES, RUN).config["best_loss"]
     assert state.config["best_loss"] < 0.98 * untrained and state.config["best_step"] > 0
     assert state.config["best_loss"] == min(s.config["best_loss"] for s in kept)
 
@@ -84,7 +84,7 @@ def test_the_patch_names_its_state_and_few_rows_are_kept_as_factors(tiny_llama: 
     many = all_of_them.edit(tiny_llama, EXAMPLES, prepared(tiny_llama, all_of_them))
     assert few.config["state"] == run.state.id
     assert all(isinstance(op, AddLowRank) for op in few.ops) and not any(isinstance(op, AddLowRank) for op in many.ops)
-    assert [op.weight for op in few.ops] == ["model.layers.1.mlp.down_proj.weight"], "the upper half"
+    assert [op.weight for op in few.ops] == [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)], "from the first to the last"
 
 
 def test_modules_can_be_named(tiny_llama: Host) -> None:
@@ -97,13 +97,36 @@ def test_modules_can_be_named(tiny_llama: Host) -> None:
 
 
 def test_held_text_raises_lam_until_the_budget_is_kept(tiny_llama: Host) -> None:
-    run = prepared(tiny_llama)
+    run = prepared(tiny_llama, modules="model.layers.1.mlp.down_proj")
     sizes = []
     for epsilon in (10.0, 1e-4):
         within = dataclasses.replace(run, budget=Budget(epsilon=epsilon))
-        patch = malmen(held=12).edit(tiny_llama, EXAMPLES[:2], within)
+        patch = malmen(held=12, modules="model.layers.1.mlp.down_proj").edit(tiny_llama, EXAMPLES[:2], within)
         sizes.append(float(sum(apply.change(tiny_llama, op).norm() for op in patch.ops)))
     assert sizes[1] < 0.7 * sizes[0]
+
+
+@both_orientations
+def test_a_further_round_asks_for_what_is_still_missing(host: Host) -> None:
+    """Written out: the rows on the edited weights, solved and added to what was there."""
+    run = prepared(host)
+    one, two = (malmen(rounds=n, caution=1.0).edit(host, EXAMPLES, run) for n in (1, 2))
+    first = {op.weight: apply.change(host, op) for op in one.ops}
+    with apply.applied(host, one):
+        again = malmen(rounds=1).edit(host, EXAMPLES, run)
+        more = {op.weight: apply.change(host, op) for op in again.ops}
+    for op in two.ops:
+        wanted = first[op.weight] + more[op.weight]
+        assert float((apply.change(host, op) - wanted).norm()) < 1e-3 * float(wanted.norm())
+        assert float(more[op.weight].norm()) > 1e-2 * float(first[op.weight].norm())
+
+
+def test_the_round_that_uses_the_budget_is_the_last(tiny_llama: Host) -> None:
+    upper = {"modules": "model.layers.1.mlp.down_proj"}
+    run = dataclasses.replace(prepared(tiny_llama, **upper), budget=Budget(epsilon=1e-4))
+    one, many = (malmen(rounds=n, caution=1.0, held=12, **upper).edit(tiny_llama, EXAMPLES[:2], run) for n in (1, 3))
+    for a, b in zip(one.ops, many.ops, strict=True):
+        assert torch.equal(apply.change(tiny_llama, a), apply.change(tiny_llama, b))
 
 
 def test_rows_of_all_tokens(tiny_gpt2: Host) -> None:

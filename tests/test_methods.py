@@ -101,7 +101,7 @@ ROWS = (
     ),
     Row(method="finetune", settings=SMALL | {"lr": 1e-2}),
     Row(method="lora", settings=SMALL | {"lr": 3e-2, "rank": 4}),
-    Row(method="malmen", settings=LEARNING | {"lam": 0.01}, learns=True, cannot=UNPREPARED),
+    Row(method="malmen", settings=LEARNING | {"lam": 0.01, "share": 0.1}, learns=True, cannot=UNPREPARED),
     Row(method="memit", settings=CLOSED),
     Row(method="mend", settings=LEARNING | {"tokens": "answer", "share": 0.1}, learns=True, cannot=UNPREPARED | UNBOUNDED),
     Row(method="nse", settings=CLOSED),

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from errata import hooks, hosts
-from errata.hosts import Host
+from errata.hosts import Host, Weights
 from errata.methods._descend import PASS, Row, goal_losses
 from errata.types import Example, Progress, Rows, WrongBase, no_progress
 
@@ -40,10 +40,12 @@ def rows(
     batch_size: int,
     progress: Progress = no_progress,
     everywhere: bool = False,
+    weights: Weights | None = None,
 ) -> tuple[Rows, ...]:
     """The rows of each example, those of a contrast behind those of the target. `batch_size` examples are in memory at once, at most.
 
-    `everywhere`: those of every token that something follows, not of those alone that predict an answer's.
+    `everywhere`: those of every token that something follows, not of those alone that predict an answer's. `weights` take the place of the
+    model's.
 
     Raises InvalidExample for what cannot be encoded.
     """
@@ -54,7 +56,7 @@ def rows(
     for group in progress(groups, "reading value gradients", len(groups)):
         own = [encoded[i] for i in group]
         flat = [row for rows_ in own for row in rows_]
-        parts = captured(host, flat, modules, _summed_loss([examples[i] for i in group], own), everywhere)
+        parts = captured(host, flat, modules, _summed_loss([examples[i] for i in group], own), everywhere, weights)
         counts = [sum(len(ids) - (1 if everywhere else max(given, 1)) for ids, given in rows_) for rows_ in own]
         keys = {m: torch.split(k.float().cpu(), counts) for m, (k, _) in parts.items()}
         values = {m: torch.split(v.float().cpu(), counts) for m, (_, v) in parts.items()}
@@ -97,7 +99,12 @@ def _summed_loss(examples: Sequence[Example], own: Sequence[list[Row]]) -> Calla
 
 
 def captured(
-    host: Host, encoded: Sequence[Row], modules: Sequence[str], loss: Callable[[Float[Tensor, "N"]], Tensor], everywhere: bool = False
+    host: Host,
+    encoded: Sequence[Row],
+    modules: Sequence[str],
+    loss: Callable[[Float[Tensor, "N"]], Tensor],
+    everywhere: bool = False,
+    weights: Weights | None = None,
 ) -> dict[str, tuple[Float[Tensor, "Q K"], Float[Tensor, "Q V"]]]:
     """{module: (k, v)} at what predicts the scored tokens (or any token, with `everywhere`), row after row. `loss` is a function of log p
     of each row's scored tokens."""
@@ -113,7 +120,7 @@ def captured(
 
         return turn
 
-    still = {name: weight.detach() for name, weight in host.model.named_parameters()}  # the same bits, which ask for no gradient
+    still = {name: weight.detach() for name, weight in host.model.named_parameters()} | (weights or {})  # they ask for no gradient
     with torch.enable_grad(), hooks.reading(host.model, modules, inputs=True) as keys:
         with hooks.shifting(host.model, {module: turned(module) for module in modules}):
             logp_NT = hosts.scored_logprobs(host, batch, still)

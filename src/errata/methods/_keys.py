@@ -15,6 +15,7 @@ File legend: N rows, P places, K key (MLP projection's input) width, D model wid
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import TypeVar, final
 
 import torch
@@ -237,18 +238,21 @@ def _op(host: Host, layer: int, parts: Sequence[tuple[Float[Tensor, "P K"], Floa
     return Add(weight=f"{module}.weight", delta=_product(host, module, parts).cpu())
 
 
-def of_sums(host: Host, sums: Mapping[str, tuple[Sums, float]], lam: float) -> tuple[tuple[Op, ...], Weights]:
+def of_sums(
+    host: Host, sums: Mapping[str, tuple[Sums, float]], lam: float, onto: Mapping[str, Tensor] = MappingProxyType({})
+) -> tuple[tuple[Op, ...], Weights]:
     """(one op for each module of `sums`, the weights with them on); each module's weight of the prior is lam times its own number.
 
-    An op is factors where they are smaller than their product.
+    An op is factors where they are smaller than their product. `onto`: what has been added to a weight before, which the op is to add too.
     """
     ops, weights = list[Op](), Weights()
     for module, (total, unit) in sums.items():
         solved = _normal.solve(total, lam * unit)
         name, base = f"{module}.weight", host.model.get_parameter(f"{module}.weight").detach()
         change = solved.shift if stored_transposed(host.model.get_submodule(module)) else solved.shift.T
+        change = change + onto[module] if module in onto else change
         weights[name] = (base.float() + change.float()).to(base.dtype)
-        if total.rows is not None and total.n * sum(change.shape) < change.numel():
+        if module not in onto and total.rows is not None and total.n * sum(change.shape) < change.numel():
             A_NK, B_VN = _normal.gains(solved), total.rows[1].T
             ops.append(AddLowRank(weight=name, A=A_NK.float().cpu(), B=B_VN.float().cpu().contiguous()))
         else:
@@ -256,28 +260,44 @@ def of_sums(host: Host, sums: Mapping[str, tuple[Sums, float]], lam: float) -> t
     return tuple(ops), weights
 
 
-def within(
-    host: Host, documents: Sequence[str], epsilon: float, lam: float, solved: Callable[[float], tuple[tuple[Op, ...], Weights]]
-) -> tuple[Op, ...]:
-    """`solved` with the least weight of the text, `lam` or more, that keeps the increase of the loss on `documents` within `epsilon`.
+def dense(host: Host, op: Op) -> Tensor:
+    """What an op that adds adds to its weight, as it is stored; float32, on the host's device."""
+    if isinstance(op, Add):
+        return op.delta.to(host.device)
+    assert isinstance(op, AddLowRank), "an op of sums adds"
+    product = op.scale * (op.B @ op.A).to(host.device)
+    return product.T if stored_transposed(host.model.get_submodule(op.weight.removesuffix(".weight"))) else product
+
+
+Solution = tuple[tuple[Op, ...], Weights]
+
+
+def within(host: Host, documents: Sequence[str], epsilon: float, lam: float, solved: Callable[[float], Solution]) -> tuple[Op, ...]:
+    """The ops of `inside`."""
+    return inside(host, documents, epsilon, lam, solved)[0][0]
+
+
+def inside(host: Host, documents: Sequence[str], epsilon: float, lam: float, solved: Callable[[float], Solution]) -> tuple[Solution, bool]:
+    """(`solved`, whether the first try was inside) with the least weight of the text, `lam` or more, that keeps the increase of the loss on
+    `documents` within `epsilon`.
 
     A usual key takes s / (1 + lam) of its residual: s is sought, as the gate seeks its scale. Unlike that scale it takes back more from
     the facts whose keys text uses much. If no s is found the smallest that was tried comes back, and the gate has the last word.
     """
     rows = hosts.chunks(host, documents)
-    ops, weights = solved(lam)
+    tried = {1.0: solved(lam)}
     if len(rows) < 2:
-        return ops
-    before_N2, after_N2, tried = hosts.score(host, rows), hosts.score(host, rows, weights), {1.0: ops}
+        return tried[1.0], True
+    before_N2, after_N2 = hosts.score(host, rows), hosts.score(host, rows, tried[1.0][1])
     if hosts.increase(before_N2, after_N2)[0] <= epsilon:
-        return ops
+        return tried[1.0], True
 
     def read(s: float) -> tuple[Float[Tensor, "N 2"], bool]:
-        tried[s], weights = solved((1 + lam) / s - 1)
-        return hosts.score(host, rows, weights), True
+        tried[s] = solved((1 + lam) / s - 1)
+        return hosts.score(host, rows, tried[s][1]), True
 
     s = hosts.furthest(read, {1.0: after_N2}, before_N2, epsilon)
-    return tried[s or min(tried)]
+    return tried[s or min(tried)], False
 
 
 @torch.no_grad()

@@ -52,6 +52,7 @@ BETAS = (0.9, 0.999)
 WARM = 10  # steps until the rates are whole
 HELD_BACK = (0.1, 2, 96)  # cases that validate: this share of them, at least, at most
 REMEMBERED = 1 << 28  # bytes, about, of rows that are not taken again: those of a case are the same in every step
+EDITED = 6  # modules, if none are named: what a subject means is found in the lower blocks, what to say of it in the upper ones
 BLOCK = 32  # cases whose rows are taken together
 
 Pull = Callable[[Float[Tensor, "K V"]], None]  # dL/dS -> adds what follows to the gradients of the network's parameters
@@ -411,7 +412,8 @@ def outputs(host: Host, module: str, keys_NK: Float[Tensor, "N K"]) -> Float[Ten
 def modules_of(host: Host, given: str) -> list[str]:
     """The projections that `given` means. Raises UnknownName for a beginning that none has."""
     if not given:
-        return host.module_names((host.layout.mlp_out,), range(host.blocks // 2, host.blocks))
+        apart = max(1, min(EDITED, host.blocks) - 1)
+        return host.module_names((host.layout.mlp_out,), sorted({round(i * (host.blocks - 1) / apart) for i in range(apart + 1)}))
     starts = [part.strip() for part in given.split(",") if part.strip()]
     names = host.projections()
     for start in starts:

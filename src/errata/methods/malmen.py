@@ -7,17 +7,20 @@ k_i are a module's inputs at chosen tokens of the example, g_i the gradients of 
 network (`_hyper.py`) makes of them. It learns from training cases (`_meta.py`), and what it needs there of the model is dL/dS alone: from
 that the solve is gone through backwards, with the factor that it has already (`_normal.backward`).
 
-The rows of an example are taken on the base and depend on no other example, so whoever keeps them adds one with a pass and a solve, and
-takes one back as if it had never been there: `rows` and `solve`.
+In each of `rounds` the rows are taken on what the rounds before have come to, so that what is still missing is asked for again, and only
+that; lam is `caution` times what was learnt, so that no round goes far. With one round the rows of an example depend on no other example:
+whoever keeps them, or their sums, adds one with a pass and a solve, and takes one back as if it had never been there (`rows`, `solve`).
 
 Unlike malmen@1df295d, unless `faithful`, which stands for all of these at once:
   - P is C = E[k k^T] over text, and lam counts usual keys as in `memit` (there: P = I and lam begins at 1, whatever the keys; the keys of a
     small model then have leverage .9 and more, the solve interpolates, and the shift grows to eight times the weight)
+  - there are several rounds (there: one), at all tokens (there: the answer's), in modules from below to above (there: the last blocks)
   - each example adds rows for up to `restated` other ways to ask for its fact (`_restated.py`): phrasings of the text that holds still,
     found once while preparing
   - the gradients are sums over tokens (there: means over the tokens of a batch of examples, so that a smaller batch says more)
-  - the rank is 256 and Adam's rates are 1e-4 and, for eta and lam, 3e-2 (there: 1,920 and 1e-5); for the rest see `_hyper.py`, `_meta.py`
-`held` documents raise lam at last until the budget is kept, as in `memit`; with 0 the gate alone keeps it.
+  - the rank is 256 and Adam's rates are 3e-4 and, for eta and lam, 3e-2 (there: 1,920 and 1e-5); for the rest see `_hyper.py`, `_meta.py`
+`held` documents raise lam until the budget is kept, as in `memit`, and the round in which they do is the last; with 0 the gate alone keeps
+it.
 
 File legend: N rows, K key width, V value width.
 """
@@ -26,6 +29,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import final
 
 import torch
@@ -33,16 +37,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from errata import text
-from errata.hosts import Host
+from errata.hosts import Host, Weights
 from errata.methods import _gradients, _hyper, _kept, _keys, _meta, _normal
 from errata.methods._hyper import Net
 from errata.methods._meta import Lesson, Merge, Pull
 from errata.methods._normal import Plain, Prior, Whitened
 from errata.methods._restated import restated, spoken_of
 from errata.methods._values import quiet
-from errata.types import Case, Example, InvalidExample, Method, Patch, Rows, Run, State
+from errata.types import Case, Example, InvalidExample, Method, Op, Patch, Rows, Run, State
 
-FAITHFUL = {"prior": "I", "lam": 1.0, "restated": 0, "rank": 1920, "lr": 1e-5, "rate": 1e-5, "near_weight": 1.0, "hold_weight": 0.0}
+FAITHFUL = {
+    "tokens": "answer",
+    "prior": "I",
+    "rounds": 1,
+    "lam": 1.0,
+    "restated": 0,
+    "rank": 1920,
+    "lr": 1e-5,
+    "rate": 1e-5,
+    "near_weight": 1.0,
+    "hold_weight": 0.0,
+}
 FIXED = ("tokens", "prior", "restated", "ridge", "faithful")  # what an edit must share with its preparation
 KIND = 6  # examples of one kind of prompt that other phrasings are sought for
 SLOT = "\0"  # what a phrasing speaks of
@@ -51,14 +66,17 @@ SLOT = "\0"  # what a phrasing speaks of
 @final
 @dataclass(frozen=True, kw_only=True)
 class Malmen(Method):
-    """modules: comma-separated beginnings of module names; empty: the last projection of the upper half's MLPs. tokens: whose rows are
-    taken, those that say the "answer" or "all". prior: P, "C" or "I". restated: see above. held, ridge, per_key: as in `memit`. chunk: rows
-    that go through the network at once; it changes nothing else. The rest: `_meta.Settings`."""
+    """modules: comma-separated beginnings of module names; empty: the last projections of up to six MLPs, evenly from the first block to
+    the last. tokens: whose rows are taken, "all" or those that say the "answer". prior: P, "C" or "I". rounds, caution, restated: see
+    above. held, ridge, per_key: as in `memit`. chunk: rows that go through the network at once; it changes nothing else. The rest:
+    `_meta.Settings`."""
 
     modules: str = ""
-    tokens: str = "answer"
+    tokens: str = "all"
     prior: str = "C"
-    restated: int = 4
+    restated: int = 1
+    rounds: int = 4
+    caution: float = 12.0
     held: int = 500
     ridge: float = 1e-3
     per_key: int = 16
@@ -66,16 +84,16 @@ class Malmen(Method):
     rank: int = 256
     lam: float = 0.1
     share: float = 0.5
-    steps: int = 400
-    lr: float = 1e-4
+    steps: int = 300
+    lr: float = 3e-4
     rate: float = 3e-2
     least: int = 8
-    most: int = 256
+    most: int = 128
     asked: int = 2
     near: int = 64
     near_weight: float = 1.0
     hold: int = 32
-    hold_weight: float = 10.0
+    hold_weight: float = 60.0
     every: int = 20
     patience: int = 6
     clip: float = 1.0
@@ -121,19 +139,32 @@ class Malmen(Method):
         return self._rows(host, examples, state.config["modules"], state.config["ways"], run)
 
     def solve(self, host: Host, rows: tuple[Rows, ...], run: Run) -> Patch:
-        """The patch that all the rows come to, in whatever order. Raises WrongBase for rows of other weights."""
+        """The patch that all the rows come to in one round, in whatever order. Raises WrongBase for rows of other weights."""
+        parts = _gradients.in_order(host, rows)
         state, priors, read = self._known(host, run)
-        sums = _kept.of_rows(_gradients.in_order(host, rows), {m: prior for m, (prior, _) in priors.items()}, read)
-        return self._solved(host, tuple(r.example for r in rows), state, priors, sums, run)
+        sums = _kept.of_rows(parts, {m: prior for m, (prior, _) in priors.items()}, read)
+        examples = tuple(r.example for r in rows)
+        (ops, _), _ = self._solved(host, quiet(host, examples, run, self.held), priors, sums, run, 1.0)
+        return self._patch(host, examples, state, ops)
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
-        """`solve` of the `rows`, of which only some are in memory at once; from `run.sums`, if these are of the same settings."""
+        """With one round, `solve` of the `rows`, of which only some are in memory at once; from `run.sums`, if these are of the same
+        settings. Each further round reads all examples again."""
         state, priors, read = self._known(host, run)
-        about = _kept.about(host, "malmen", state.id, self.config | {"held": 0})
-        sums = _kept.of_examples(
-            host, "malmen", about, examples, {m: prior for m, (prior, _) in priors.items()}, lambda e: self.rows(host, e, run), read, run
-        )
-        return self._solved(host, examples, state, priors, sums, run)
+        plain = {m: prior for m, (prior, _) in priors.items()}
+        about = _kept.about(host, "malmen", state.id, self.config | {"held": 0, "rounds": 0, "caution": 0})
+        sums = _kept.of_examples(host, "malmen", about, examples, plain, lambda e: self.rows(host, e, run), read, run)
+        still = quiet(host, examples, run, self.held)
+        caution = self.caution if self.rounds > 1 else 1.0
+        (ops, weights), free = self._solved(host, still, priors, sums, run, caution)
+        modules, ways = state.config["modules"], state.config["ways"]
+        for _ in range(self.rounds - 1):
+            if not free:  # the budget is used
+                break
+            changed = {m: _keys.dense(host, op) for m, op in zip(modules, ops, strict=True)}
+            taken = (self._rows(host, part, modules, ways, run, weights) for part in _gradients.some(examples))  # noqa: B023
+            (ops, weights), free = self._solved(host, still, priors, _kept.of_rows(taken, plain, read), run, caution, changed)
+        return self._patch(host, examples, state, ops)
 
     def _known(self, host: Host, run: Run) -> tuple[State, dict[str, tuple[Prior, float]], _kept.Read]:
         """(the state, {module: its prior and what lam counts in}, what makes keys and differences of rows)."""
@@ -149,27 +180,36 @@ class Malmen(Method):
     def _solved(
         self,
         host: Host,
-        examples: tuple[Example, ...],
-        state: State,
+        still: Sequence[str],
         priors: Mapping[str, tuple[Prior, float]],
         sums: Mapping[str, _normal.Sums],
         run: Run,
-    ) -> Patch:
+        caution: float,
+        onto: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> tuple[_keys.Solution, bool]:
+        """(ops and weights, whether the budget is not used up) of the sums, on top of what has changed before."""
         weighed = {m: (total, priors[m][1]) for m, total in sums.items()}
-        still = quiet(host, examples, run, self.held)
-        ops = _keys.within(host, still, run.budget.epsilon, 1.0, lambda times: _keys.of_sums(host, weighed, times))
+        return _keys.inside(host, still, run.budget.epsilon, caution, lambda times: _keys.of_sums(host, weighed, times, onto))
+
+    def _patch(self, host: Host, examples: tuple[Example, ...], state: State, ops: tuple[Op, ...]) -> Patch:
         return Patch(method="malmen", config=self.config | {"state": state.id}, parent=host.id, examples=examples, ops=ops)
 
     def _batch(self) -> int | None:
         return self.batch_size if self.faithful else None
 
     def _rows(
-        self, host: Host, examples: tuple[Example, ...], modules: Sequence[str], ways: Mapping[str, Sequence[str]], run: Run
+        self,
+        host: Host,
+        examples: tuple[Example, ...],
+        modules: Sequence[str],
+        ways: Mapping[str, Sequence[str]],
+        run: Run,
+        weights: Weights | None = None,
     ) -> tuple[Rows, ...]:
         """Those of the example's own prompt, and behind them those of its other ways."""
         asked = [[e, *restatements(e, ways, self.restated)] for e in examples]
         flat = [e if _meta.fits(host, e.prompt, e) else own[0] for own in asked for e in own]
-        found = iter(_gradients.rows(host, flat, modules, self.batch_size, run.progress, everywhere=self.tokens == "all"))
+        found = iter(_gradients.rows(host, flat, modules, self.batch_size, run.progress, everywhere=self.tokens == "all", weights=weights))
         out = []
         for e, own in zip(examples, asked, strict=True):
             parts = [next(found) for _ in own]
