@@ -8,7 +8,7 @@ Random weights (what they say does not matter for time): 28 blocks of width 4,09
     solve      the sums and their solution                   floor: one product K^T K and one Cholesky factor of it, of the same size
     model      a step's losses with S in the weights, forwards and back; the pass of the rows is the least that they can cost
 
-No budget is looked at (`held` = 0) and no other phrasings are sought (`restated` = 0).
+No budget is looked at (`held` = 0), no other phrasings are sought (`restated` = 0), and one round is taken.
 """
 
 import time
@@ -45,7 +45,7 @@ def main() -> None:
     hold = tuple(f"{e.prompt}{e.target}." for e in known[:400])
     learning = tasks.cases("train", min(n, 1900), seed=args.seed)
     size = {"least": min(n, 1700), "most": min(n, 1700)} | ({"near": 8, "hold": 4, "asked": 1} if args.quick else {})
-    made = methods.make("malmen", modules=",".join(modules), held=0, restated=0, steps=1, **size)
+    made = methods.make("malmen", modules=",".join(modules), held=0, restated=0, rounds=1, steps=1, **size)
     about = f"{n} facts, {EDITED} modules of {host.model.get_parameter(f'{modules[0]}.weight').numel() / 1e6:.1f} M weights, {device}"
 
     with clocked(device) as spent:
