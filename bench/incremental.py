@@ -1,8 +1,8 @@
 """One more example where 4,096 are there, and where 128 are: from the sums that stayed to the new patch, and one less.
 
 The sums of the first n facts are made once and go through a file, as in a ledger. Then: read them, take the rows of one more example,
-add, solve, make the patch: one round of `malmen`, whose rows depend on no other example. No budget is looked at (`held` = 0); what the gate reads does not depend on the method, and is not counted.
-What `malmen` has learnt does not matter: one step of it.
+add, solve, make the patch: one round of `malmen`, whose rows depend on no other example. No budget is looked at (`held` = 0); what the
+gate reads does not depend on the method, and is not counted. What `malmen` has learnt does not matter: one step of it.
 """
 
 import statistics
