@@ -1,7 +1,8 @@
 """The peak memory of an edit of 4,096 facts against that of 128: rows are not kept, so it should not grow with the facts.
 
 How far the resident memory rises above what it is with the model, the facts and the learnt state there, while `edit` makes the patch (no
-budget is looked at, `held` = 0), in a process of its own; the median of three. `malmen` takes two rounds: the second reads all facts again. What was learnt does not matter: one step of it.
+budget is looked at, `held` = 0), in a process of its own; the median of three. `malmen` takes two rounds: the second reads all facts
+again. What was learnt does not matter: one step of it.
 """
 
 import statistics
