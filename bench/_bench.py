@@ -14,12 +14,13 @@ import torch
 
 
 def arguments(about: str | None) -> argparse.Namespace:
-    """The options of the contract: --json, --data, --seed, --quick."""
+    """The options of the contract: --json, --data, --seed, --quick; and --only."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--data", type=Path, help="folder of real data, where the script reads any")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="under a minute: smaller, the same work")
+    parser.add_argument("--only", help="comma-separated names, where a script compares several: these alone")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     return args

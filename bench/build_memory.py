@@ -37,8 +37,15 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(f"{field}:"))
 
 
+def restart() -> int:
+    """The resident memory now; from here on its peak is counted anew."""
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
 def loaded() -> tuple[Any, int]:
-    """The lab's host, and the resident memory once it has read a text; from here on the peak is counted anew."""
+    """The lab's host, and the resident memory once it has read a text."""
     import torch
 
     from errata import hosts
@@ -46,9 +53,7 @@ def loaded() -> tuple[Any, int]:
     host = hosts.load("lab/neox", device="cpu")
     with torch.no_grad():
         hosts.logits(host, hosts.pad(host, [hosts.encode(host, "The capital of Mauritius is", " Port Louis")]))
-    if os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")
-    return host, resident("VmRSS")
+    return host, restart()
 
 
 def of_build(method: str, steps: int, seed: int) -> tuple[int, int, int]:

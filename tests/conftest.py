@@ -160,19 +160,20 @@ def tiny_llama() -> Host:
     return tiny_host("llama")
 
 
-def _stories_folder() -> Path | None:
-    roots = [Path(__file__).parents[2] / "shared"]
+def real(*parts: str) -> Path:
+    """A folder of the real data and models, for tests marked `data`; without it they are skipped."""
+    places = [(Path(__file__).parents[2] / "shared").joinpath(*parts)]
     if data := os.environ.get("ERRATA_DATA"):
-        roots.insert(0, Path(data).resolve().parent)
-    return next((r / "models" / "stories260K" for r in roots if (r / "models" / "stories260K" / "config.json").is_file()), None)
+        places.insert(0, Path(data).joinpath(*parts[1:]) if parts[0] == "data" else Path(data).resolve().parent.joinpath(*parts))
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        pytest.skip(f"{'/'.join(parts)} is not there: neither in ../shared nor beside the folder that ERRATA_DATA names")
+    return found
 
 
 @pytest.fixture(scope="session")
 def _stories() -> Host:
-    folder = _stories_folder()
-    if folder is None:
-        pytest.skip("stories260K is not there: neither in ../shared/models nor in models beside the folder that ERRATA_DATA names")
-    return load(str(folder), device="cpu")
+    return load(str(real("models", "stories260K")), device="cpu")
 
 
 @pytest.fixture

@@ -497,7 +497,7 @@ def test_methods_come_from_the_register() -> None:
 
     rows = run("methods", "--json").lines
     assert [row["method"] for row in rows] == sorted(METHODS)
-    assert all(row["idea"] and "steps" in row["settings"] for row in rows)
+    assert all(row["idea"] and row["settings"] for row in rows)
     assert "finetune" in run("methods").out
 
 
@@ -745,3 +745,97 @@ def test_a_dense_patch_is_no_adapter(place: Place, models: Path, tmp_path: Path)
     done = place("export", tmp_path / "out", "--as", "peft")
     assert done.status == 1 and "Export it as a model, or build with --method lora" in one_sentence(done.err)
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------------- prepare
+
+
+LEARN = [f"--set={s}" for s in ("rank=4", "steps=4", "least=1", "most=2", "every=2", "hold=2", "near=0", "restated=0")]
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Path:
+    path = tmp_path / "training.jsonl"
+    names = ("Togo", "Kenya", "Peru", "Mali", "Chad")
+    path.write_text(
+        "\n".join(json.dumps({"prompt": f"The capital of {n} is", "target": " Rome", "paraphrases": [f"{n} has"]}) for n in names)
+    )
+    return path
+
+
+def test_what_was_prepared_is_built_with_and_its_cases_judge_nothing(place: Place, reference: Path, training: Path) -> None:
+    learn = ("prepare", "malmen", *LEARN, "--cases", training, "--reference", reference)
+    told = place(*learn, "--json")
+    assert told.status == 0 and told.data["cases"] == 5 and told.data["step"] == 4 and told.data["dropped"] == 0, told
+    with Ledger(place.path) as book:
+        state = book.latest_state("malmen")
+        assert state is not None and state.id == told.data["state"] and book.aside("malmen") is None
+    assert place(*learn, "--json").data["state"] == state.id, "the same again"
+    shown = place(*learn, "--seed", 1)
+    assert "malmen has learnt from 5 cases" in shown.out and "errata build --method malmen" in shown.out and "Step 2:" in shown.err
+
+    build_ = ("build", "--method", "malmen", "--set=held=0", "--set=restated=0", "--reference", reference, "--epsilon", WIDE)
+    built = place(*build_, "--json").lines[0]
+    with Ledger(place.path) as book:
+        assert built["config"]["state"] == book.latest_state("malmen").id != state.id, "the newest"
+    leak = place("eval", "--cases", training, "--patch", built["patch"])
+    assert leak.status == 1 and "was trained on" in one_sentence(leak.err)
+
+
+def test_a_build_goes_on_from_the_sums_of_the_last_one(place: Place, reference: Path) -> None:
+    place("add", *(f"Town {i} lies in the land of| Port Louis number {7 * i}" for i in range(24)))
+    build_ = ("build", "--method", "ultraedit", "--set=held=0", "--reference", reference, "--epsilon", WIDE, "--json")
+    first = place(*build_).lines[0]["patch"]
+    sums = place.path / "aside" / "ultraedit-sums.safetensors"
+    assert sums.exists() and place(*build_).lines[0]["patch"] == first
+    before = sums.read_bytes()
+    place("add", "Town 99 lies in the land of| Port Louis number 1")
+    assert place(*build_).lines[0]["patch"] != first and sums.read_bytes() != before
+    sums.write_bytes(before[:-5])
+    done = place(*build_)
+    assert "cut short" in done.err and "The sums are made again" in done.err and sums.read_bytes()[:-5] != before[:-5]
+    assert place("verify").status == 0
+
+
+def test_prepare_says_in_a_sentence_what_it_cannot_do(bad: Callable[..., str], models: Path, reference: Path, training: Path) -> None:
+    assert "'errata prepare malmen'" in bad("build", "--method", "malmen", "--reference", reference)
+    assert "nothing to prepare" in bad("prepare", "finetune")
+    assert "Name a file of them with --cases" in bad("prepare", "malmen")
+    assert "Name its model" in bad("prepare", "malmen", "--host", models / "gpt2", "--cases", training)
+    assert "Did you mean rank" in bad("prepare", "malmen", "--set", "rnak=3")
+    training.write_text("nothing\n{}\n")
+    assert "Line 1 of" in bad("prepare", "malmen", "--cases", training)
+
+
+def test_a_bad_line_of_a_training_file_costs_itself_alone(place: Place, reference: Path, training: Path) -> None:
+    lines = training.read_text().split("\n")
+    long = json.dumps({"prompt": "The capital of Mauritius " * 90, "target": " Rome"})
+    training.write_text("\n".join([*lines[:2], '{"prompt": "The', *lines[2:], long]))
+    done = place("prepare", "malmen", *LEARN, "--cases", training, "--reference", reference, "--json")
+    assert done.status == 0 and done.data["cases"] == 5, done
+    assert f"Left out: Line 3 of {training}" in done.err and "reads at most" in done.err
+
+
+def test_prepare_goes_on_after_a_kill(place: Place, reference: Path, training: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learn = ("prepare", "malmen", *LEARN, "--cases", training, "--reference", reference)
+    keep, whole = Ledger.put_aside, place(*learn, "--json").data["state"]
+
+    def killed(book: Ledger, state: Any) -> None:
+        keep(book, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(Ledger, "put_aside", killed)
+        assert place(*learn).status == 130
+    again = place(*learn, "--json")
+    assert "Going on behind step 2" in again.err and again.data["state"] == whole
+
+    with monkeypatch.context() as m:
+        m.setattr(Ledger, "put_aside", killed)
+        place(*learn)
+    other = place(*learn, "--seed", 7)
+    assert other.status == 1 and "begin afresh" in other.err
+    half = place.path / "aside" / "malmen.safetensors"
+    half.write_bytes(half.read_bytes()[:-5])
+    assert "cut short" in one_sentence(place(*learn).err)
+    assert place(*learn, "--afresh", "--json").data["state"] == whole and not half.exists()

@@ -25,6 +25,7 @@ from errata.evaluate import (
     paired_difference,
     peak_mb,
     read_cases,
+    read_sound_cases,
     summary,
 )
 from errata.hosts import Host
@@ -423,3 +424,14 @@ def test_a_file_that_is_missing_empty_or_binary_is_refused(tmp_path: Path) -> No
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InvalidExample, match="not UTF-8"):
         read_cases(tmp_path / "binary.jsonl")
+
+
+def test_a_bad_line_costs_itself_alone(tmp_path: Path) -> None:
+    path = tmp_path / "cases.jsonl"
+    path.write_text('a| b\n{"prompt": 3}\n\nno bar\nc| d\n')
+    cases, wrong = read_sound_cases(path)
+    assert [str(c.example) for c in cases] == ["a| b", "c| d"]
+    assert [str(e).split(":")[0] for e in wrong] == [f"Line 2 of {path}", f"Line 4 of {path}"]
+    path.write_text("no bar\n")
+    with pytest.raises(InvalidExample, match="Line 1"):
+        read_sound_cases(path)

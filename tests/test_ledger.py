@@ -1137,3 +1137,39 @@ def test_ids_are_those_of_the_content(ledger: Ledger) -> None:
 
 if __name__ == "__main__":
     serve()
+
+
+# ------------------------------------------------------------------------------------------------------------- what is being prepared
+
+
+def test_the_newest_state_of_a_method_is_found(ledger: Ledger) -> None:
+    assert ledger.latest_state("memit") is None
+    first, second, other = state_of(1.0), state_of(2.0), replace(state_of(3.0), method="malmen")
+    for state in (first, second, other):
+        ledger.put_state(state)
+    assert ledger.latest_state("memit").id == second.id and ledger.latest_state("malmen").id == other.id
+    ledger.put_state(first)  # what was put last is the newest, also if it was there before
+    assert ledger.latest_state("memit").id == first.id
+
+
+def test_what_is_half_prepared_is_kept_beside_the_records(ledger: Ledger) -> None:
+    assert ledger.aside("memit") is None
+    for value in (1.0, 2.0):
+        ledger.put_aside(state_of(value))
+    with Ledger(ledger.path) as again:
+        assert again.aside("memit").id == state_of(2.0).id and again.aside("malmen") is None
+        assert again.verify() == [] and again.latest_state("memit") is None and again.collect() == []
+    ledger.drop_aside("memit")
+    ledger.drop_aside("memit")
+    assert ledger.aside("memit") is None
+    with pytest.raises(WrongBase):
+        ledger.put_aside(replace(state_of(), host="b2:" + "f" * 32))
+
+
+@pytest.mark.parametrize("spoil", [lambda raw: raw[:-1], lambda raw: raw[:20], lambda raw: b"", lambda raw: raw[:-9] + b"x" + raw[-8:]])
+def test_what_is_half_prepared_and_was_cut_short_is_refused_in_one_sentence(ledger: Ledger, spoil: Any) -> None:
+    ledger.put_aside(state_of())
+    path = ledger.path / "aside" / "memit.safetensors"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(LedgerError, match="cut short or altered.*Begin afresh"):
+        ledger.aside("memit")

@@ -19,6 +19,7 @@ from errata.ledger import Ledger
 from errata.methods import METHODS, make, method_class
 from errata.types import (
     Budget,
+    Case,
     Ensemble,
     Example,
     InvalidExample,
@@ -35,13 +36,14 @@ from errata.types import (
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """settings: small and quick. cannot: test or family -> reason. only: the one family that takes the place of all others. beside: a small
-    Backpack called "small" stands beside each host."""
+    Backpack called "small" stands beside each host. learns: it is prepared on CASES first."""
 
     method: str
     settings: Mapping[str, object] = field(default_factory=dict)
     cannot: Mapping[str, str] = field(default_factory=dict)
     only: str | None = None
     beside: bool = False
+    learns: bool = False
 
     def host(self, family: str, **more: Any) -> Host:
         host = tiny_host(self.only or family, **more)
@@ -50,14 +52,47 @@ class Row:
         return host
 
     def make(self, **more: object) -> Method:
-        return make(self.method, **{**self.settings, **more})
+        method = make(self.method, **{**self.settings, **more})
+        return Prepared(learner=make(self.method, **self.settings), method=method) if self.learns else method
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Method):
+    """A method that learns first: here it does so before each edit, with the settings of its row."""
+
+    learner: Method
+    method: Method
+
+    def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
+        state = self.learner.prepare(host, CASES, run)
+        return self.method.edit(host, examples, replace(run, state=state))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.method.config
+
+
+CASES = tuple(
+    Case(example=Example(prompt=f"The {what} of {of} is", target=f" {answer}"), old=" Rome", paraphrases=(f"{of} has its {what} in",))
+    for what, of, answer in (
+        ("capital", "Togo", "late"),
+        ("island", "Kenya", "Paris"),
+        ("park", "Peru", "the sea"),
+        ("dog", "Lily", "a girl"),
+        ("river", "Rome", "the Seine"),
+        ("rupee", "India", "big"),
+    )
+)
+LEARNING = {"rank": 8, "steps": 4, "least": 1, "most": 4, "every": 2, "hold": 3, "near": 0}
 SMALL = {"steps": 12, "neighbours": 8, "hold": 4, "contexts": 1}
 # A random model finds nearly everything unlikely: where that is what is wanted, `stop` would leave it and `decay` outweigh it.
 CLOSED = {"layers": "0", "steps": 8, "contexts": 3, "stop": 0.0, "decay": 0.0, "lam": 0.01}
-UNBOUNDED = {"budget": "a solve does not see the loss on text; the gate scales what comes out"}
+UNBOUNDED = {"budget": "a solve or a sum does not see the loss on text; the gate scales what comes out"}
+UNPREPARED = {"lab/neox": "it would have to learn from the lab first, for minutes"}
 ROWS = (
+    # of 12 documents a small share leaves no direction
+    Row(method="alphaedit", settings=CLOSED | {"share": 0.3}),
+    Row(method="emmet", settings={k: v for k, v in CLOSED.items() if k != "lam"} | {"slack": 0.01}),
     Row(
         method="ensemble",
         settings=SMALL | {"steps": 16, "small": "small", "lam": 30.0},  # the ball of these tests is wide
@@ -66,7 +101,10 @@ ROWS = (
     ),
     Row(method="finetune", settings=SMALL | {"lr": 1e-2}),
     Row(method="lora", settings=SMALL | {"lr": 3e-2, "rank": 4}),
+    Row(method="malmen", settings=LEARNING | {"lam": 0.01, "share": 0.1}, learns=True, cannot=UNPREPARED),
     Row(method="memit", settings=CLOSED),
+    Row(method="mend", settings=LEARNING | {"tokens": "answer", "share": 0.1}, learns=True, cannot=UNPREPARED | UNBOUNDED),
+    Row(method="nse", settings=CLOSED),
     Row(method="one_layer_interpolation", settings=SMALL | {"lr": 1e-2}),
     Row(method="rome", settings={k: v for k, v in CLOSED.items() if k != "lam"}, cannot=UNBOUNDED),
     Row(
@@ -75,6 +113,7 @@ ROWS = (
         only="backpack",  # every test runs on it once
         cannot={f: "only a Backpack's tokens have sense vectors" for f in (*FAMILIES, "lab/neox") if f != "backpack"},
     ),
+    Row(method="ultraedit", settings={"lam": 0.01}, cannot={"seeds": "nothing is drawn but the text that judges its cost"}),
 )
 EXAMPLES = (
     Example(prompt="The capital of Mauritius is", target=" Port Louis"),
@@ -251,7 +290,8 @@ def test_a_model_that_nobody_here_trained_is_fixed_inside_the_ball(stories: Host
 def test_the_budget_is_kept_on_the_text_that_holds_still(row: Row, tiny_gpt2: Host) -> None:
     """A ball that the first step leaves: the best point inside comes back, and it is inside."""
     can(row, "budget")
-    patch = row.make(steps=20).edit(tiny_gpt2, EXAMPLES, replace(RUN, budget=Budget(epsilon=1e-3)))
+    more = {"steps": 20} if "steps" in row.make().config else {}
+    patch = row.make(**more).edit(tiny_gpt2, EXAMPLES, replace(RUN, budget=Budget(epsilon=1e-3)))
     rows_ = hosts.chunks(tiny_gpt2, RUN.hold)
     before_N2 = hosts.score(tiny_gpt2, rows_)
     with apply.applied(tiny_gpt2, patch):

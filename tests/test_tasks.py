@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_host
+from conftest import real, tiny_host
 
 from errata import evaluate, hosts
 from errata.hosts import Host
@@ -402,16 +401,6 @@ def test_a_space_before_the_border_and_none_after_it_can_be_scored(folder: Path,
 
 
 # --------------------------------------------------------------------------------------------------------------------- the real files
-
-
-def real(*parts: str) -> Path:
-    places = [(Path(__file__).parents[2] / "shared").joinpath(*parts)]
-    if data := os.environ.get("ERRATA_DATA"):
-        places.insert(0, Path(data).joinpath(*parts[1:]) if parts[0] == "data" else Path(data).resolve().parent.joinpath(*parts))
-    found = next((place for place in places if place.is_dir()), None)
-    if found is None:
-        pytest.skip(f"{'/'.join(parts)} is not there: neither in ../shared nor beside the folder that ERRATA_DATA names")
-    return found
 
 
 @pytest.mark.data

@@ -35,6 +35,7 @@ from errata.types import (
     Method,
     Neighbour,
     Patch,
+    Rows,
     Run,
     Score,
     Senses,
@@ -599,6 +600,7 @@ VALUES = {
     "Score": lambda: Score(case="c", measure="m", total=0.0, count=0),
     "State": lambda: State(method="m", host="h", config={}),
     "Run": Run,
+    "Rows": lambda: Rows(host="h", example=example(), keys={"m": torch.zeros(1, 2)}, values={"m": torch.zeros(1, 3)}),
 }
 
 
@@ -627,3 +629,19 @@ def test_the_ops_are_the_closed_union() -> None:
 
 def test_a_ledger_error_is_not_read_as_an_errno() -> None:
     assert isinstance(LedgerError("busy"), OSError) and copy.copy(LedgerError("busy")).args == ("busy",)
+
+
+def test_rows_are_one_key_and_one_value_for_each_token() -> None:
+    def rows(**change: Any) -> Any:
+        good = {"keys": {"m": torch.ones(2, 3)}, "values": {"m": torch.ones(2, 4)}}
+        return made(Rows, **{"host": PARENT, "example": example()} | good | change)
+
+    assert rows().keys["m"].shape == (2, 3)
+    for wrong, told in (
+        ({"values": {"m": torch.ones(3, 4)}}, "one row for each token"),
+        ({"values": {"n": torch.ones(2, 4)}}, "other modules"),
+        ({"keys": {"m": torch.ones(2, 3).double()}}, "float32"),
+        ({"values": {"m": torch.full((2, 4), math.nan)}}, "NaN"),
+    ):
+        with pytest.raises(InvalidPatch, match=told):
+            rows(**wrong)

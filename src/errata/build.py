@@ -4,13 +4,27 @@ Finds the text to hold with and to judge with, lets the method work inside the b
 does not state the edited facts. Nothing here is specific to a method.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from errata import gate, hosts, methods, text
 from errata.hosts import Host
-from errata.types import Budget, ConflictError, Example, InvalidExample, Method, Neighbour, Patch, Progress, Run, Verdict, no_progress
+from errata.types import (
+    Budget,
+    ConflictError,
+    Example,
+    InvalidExample,
+    Method,
+    Neighbour,
+    Patch,
+    Progress,
+    Run,
+    State,
+    Verdict,
+    forget,
+    no_progress,
+)
 
 
 def parse(line: str) -> Example:
@@ -48,6 +62,9 @@ def edit(
     reference: str | Path | None = None,
     watched: Sequence[Neighbour | str] = (),
     seed: int = 0,
+    state: State | None = None,
+    sums: State | None = None,
+    keep: Callable[[State], None] = forget,
     progress: Progress = no_progress,
     **settings: Any,
 ) -> tuple[Patch, Verdict]:
@@ -55,13 +72,15 @@ def edit(
 
     `reference` is a text or JSONL file, half of which holds the model still while the other half judges; without it the lab's own text
     or, for other models, text sampled from the model serves. `watched` are prompts whose answers the gate
-    compares. `settings` are the method's hyper-parameters, unless `method` is one already. The host is left bit-identical.
+    compares. `state` is what `method.prepare` returned, for a method that learns first. `keep` gets the sums that a method of sums has
+    made, with which as `sums` the next edit reads only the examples that came or went. `settings` are the method's hyper-parameters, unless
+    `method` is one already. The host is left bit-identical.
     Look at `verdict.passed`: a patch that could not be made to fit comes back too, with the reason in `verdict.failures`.
 
     Raises InvalidExample, ConflictError, UnknownName, InvalidReference, BudgetError.
     """
     budget = budget or Budget(epsilon=epsilon)
-    ((patch, verdict),) = edit_within(host, examples, [budget], method, reference, watched, seed, progress, **settings)
+    ((patch, verdict),) = edit_within(host, examples, [budget], method, reference, watched, seed, progress, state, sums, keep, **settings)
     return patch, verdict
 
 
@@ -74,6 +93,9 @@ def edit_within(
     watched: Sequence[Neighbour | str] = (),
     seed: int = 0,
     progress: Progress = no_progress,
+    state: State | None = None,
+    sums: State | None = None,
+    keep: Callable[[State], None] = forget,
     **settings: Any,
 ) -> list[tuple[Patch, Verdict]]:
     """`edit` for several budgets: built once, inside the widest of them; the gate scales it onto the edges of the others."""
@@ -84,5 +106,6 @@ def edit_within(
     judge, left_out = text.set_aside(judge, rows, text.answers_of(host, rows))
     base = gate.baseline(host, judge, left_out, watched)
     widest = max(budgets, key=lambda budget: budget.epsilon)
-    patch = made.edit(host, rows, Run(hold=hold, budget=widest, seed=seed, progress=progress))
+    run = Run(hold=hold, budget=widest, keep=keep, seed=seed, state=state, sums=sums, progress=progress)
+    patch = made.edit(host, rows, run)
     return [gate.fit(host, patch, budget, base, progress=progress) for budget in budgets]

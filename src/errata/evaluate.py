@@ -29,6 +29,7 @@ from torch import Tensor
 from errata import apply, hosts, text
 from errata.build import parse
 from errata.hosts import Batch, Host, says
+from errata.tasks import counterfact, fever, zsre
 from errata.types import (
     RINGS,
     Case,
@@ -67,6 +68,7 @@ MEASURES: dict[str, str] = {
     **{f"teacher.{m}": "teacher-forced, every token likeliest" for m in (*WANTED, "ood")},
     **{f"p0.2.{m}": "probability of the target 0.2 or more" for m in (*WANTED, "ood")},
 }
+LAYOUTS = (zsre, counterfact, fever)  # published ones, known by the keys that a record must have
 THRESHOLD = 0.2  # Hewitt et al. 2024, table 1: country-capital
 SPARE_TOKENS = 4  # generated beyond the longest answer, so that one sees how the sentence goes on
 ASKED_AT_ONCE = 128  # prompts between two signs of progress
@@ -524,22 +526,59 @@ def _redrawn(columns: list[list[float]], statistic: Any, seed: int) -> tuple[flo
 
 
 def read_cases(path: str | Path) -> tuple[Case, ...]:
-    """Cases of a text file, one in each line; empty lines do not count. A line is one of
+    """Cases of a text file, one in each line, or of one JSON list; empty lines do not count. A record is one of
 
         {"example": {...}, "paraphrases": [...], "neighbours": [{"prompt", "answer", "ring"}], ...}     as `Case.as_dict` writes it
         {"prompt": "The capital of Mauritius is", "target": " Port Louis", "paraphrases": [...], ...}   the example's fields beside the rest
-        The capital of Mauritius is| Port Louis
+        one of zsRE, CounterFact or FEVER, as published                                                 tasks/zsre.py, ...
+        The capital of Mauritius is| Port Louis                                                         a line, not in a list
 
-    Raises InvalidExample, with the number of the line.
+    Raises InvalidExample, with the number of the line or record.
     """
-    return tuple(_case(where, line) for where, line in text.lines(Path(path), "file of examples or cases", InvalidExample))
+    return tuple(_case(where, record) for where, record in _records(Path(path)))
 
 
-def _case(where: str, line: str) -> Case:
+def read_sound_cases(path: str | Path) -> tuple[tuple[Case, ...], tuple[InvalidExample, ...]]:
+    """(the cases of a file, what is wrong with each record that is none): among thousands a bad one need not cost the others.
+
+    Raises InvalidExample if there is no case at all.
+    """
+    cases, wrong = list[Case](), list[InvalidExample]()
+    for where, record in _records(Path(path)):
+        try:
+            cases.append(_case(where, record))
+        except InvalidExample as e:
+            wrong.append(e)
+    if not cases:
+        raise wrong[0]
+    return tuple(cases), tuple(wrong)
+
+
+def _records(path: Path) -> list[tuple[str, Any]]:
+    """("Line 3 of PATH", the line), or ("Record 3 of PATH", what it is) of a JSON list."""
+    found = text.lines(path, "file of examples or cases", InvalidExample)
+    if not found[0][1].lstrip().startswith("["):
+        return list(found)
     try:
-        if not line.lstrip().startswith("{"):
-            return Case(example=parse(line.rstrip("\r")))
-        raw = json.loads(line)
+        records = json.loads("\n".join(line for _, line in found))
+    except (ValueError, RecursionError) as e:
+        raise InvalidExample(f"{path} begins like a JSON list and is none: {e}.") from e
+    if not records:
+        raise InvalidExample(f"The list in {path} is empty.")
+    return [(f"Record {n} of {path}", record) for n, record in enumerate(records, 1)]
+
+
+def _case(where: str, record: Any) -> Case:
+    """Of a line, or of what a JSON list holds."""
+    try:
+        if isinstance(record, str) and not record.lstrip().startswith("{"):
+            return Case(example=parse(record.rstrip("\r")))
+        raw = json.loads(record) if isinstance(record, str) else record
+        if not isinstance(raw, dict):
+            raise InvalidExample(f"a record is a table, got {raw!r}.")
+        if layout := next((layout for layout in LAYOUTS if raw.keys() >= layout.KEYS), None):
+            published: Case = layout.case(raw)
+            return published
         if "example" not in raw:
             raw["example"] = {f.name: raw.pop(f.name) for f in fields(Example) if f.name in raw}
         return Case.from_dict(raw)

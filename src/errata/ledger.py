@@ -2,6 +2,8 @@
 
     ledger.sqlite                    what is active, what was judged, what happened when (SQLite, WAL, synchronous FULL; schema below)
     blobs/ab/ab....safetensors       patches and states; a file is named by the SHA-256 of its content
+    aside/NAME.safetensors           what may be made again: how far a long preparation has come, the sums of the last build of a method;
+                                     behind the SHA-256 of what follows; nothing refers to it
 
 Commit protocol: the blob is written to a temporary file, synced, renamed, and its folder synced; only then does one transaction refer to
 it, and only after the commit does the call return. So a kill at any moment loses nothing that was acknowledged and leaves at worst a
@@ -365,6 +367,39 @@ class Ledger:
         """The state with this id, its file checked first. Raises UnknownName, or LedgerError if the file is missing or altered."""
         (row,) = self._rows("SELECT id, blob FROM state WHERE id = ?", self._resolve("state", id))
         return self._load_state(*row)
+
+    def latest_state(self, method: str) -> State | None:
+        """The newest state of a method; None if it has prepared nothing. Raises LedgerError if its file is missing or altered."""
+        rows = self._rows("SELECT id FROM event WHERE what = 'state' AND detail = ? ORDER BY number DESC LIMIT 1", method)
+        return self.state(rows[0][0]) if rows else None
+
+    def put_aside(self, state: State, name: str | None = None) -> None:
+        """Keep what may be made again: what a long preparation has so far, the sums of the last build. It takes the place of what was put
+        aside under that name (the method's, if none is given) before. Raises WrongBase, LedgerError."""
+        self._check_base(f"State {state.id}", state.host)
+        raw = _state_bytes(state)
+        write_whole(self._aside(name or state.method), hashlib.sha256(raw).digest() + raw)
+
+    def aside(self, name: str) -> State | None:
+        """What was put aside under a name, if there is something. Raises LedgerError if the file was cut short or altered."""
+        path = self._aside(name)
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as e:
+            raise LedgerError(f"What was put aside for {name} cannot be read: {path}: {e.strerror}. Begin afresh.") from e
+        sha, raw = raw[:32], raw[32:]
+        if hashlib.sha256(raw).digest() != sha:
+            raise LedgerError(f"What was put aside for {name} was cut short or altered: {path}. Begin afresh, or remove the file.")
+        return _state_from_bytes(raw, f"What was put aside for {name}")
+
+    def drop_aside(self, name: str) -> None:
+        """Remove it; no error if there is none."""
+        self._aside(name).unlink(missing_ok=True)
+
+    def _aside(self, name: str) -> Path:
+        return self.path / "aside" / f"{name}.safetensors"
 
     # -------------------------------------------------------------------------------------------------------------------- checking
 

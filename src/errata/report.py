@@ -569,6 +569,30 @@ def alpha_chart(curve: Sequence[tuple[float, Scores]], before: Scores, epsilon: 
     return _picture(760, 360, "Success against alpha", description, parts)
 
 
+def facts_chart(curves: Mapping[str, Sequence[tuple[int, Scores]]]) -> Markup:
+    """Unseen text right (solid, with Wilson bars) and neighbours kept (dashed) against the number of facts edited at once, one colour for
+    each method, whose name stands at the end of its line."""
+    sizes = sorted({n for points in curves.values() for n, _ in points})
+    plane = _Plane(low=math.log2(sizes[0]), high=max(math.log2(sizes[-1]), math.log2(sizes[0]) + 1), right=664.0)
+    parts = list(_axes(plane, "facts edited at once"))
+    for n in sizes:
+        parts.append(_line(plane.x(math.log2(n)), plane.bottom, plane.x(math.log2(n)), plane.bottom + 5, "axis"))
+        parts.append(_label(f"{n:,}", plane.x(math.log2(n)), plane.bottom + 21, text_anchor="middle", class_="muted"))
+    for i, (name, points) in enumerate(curves.items()):
+        shift = min(8, 44 / len(curves)) * (i - (len(curves) - 1) / 2)
+        at = [plane.x(math.log2(n)) + shift for n, _ in points]
+        parts += _points(i, [(x, scores, False) for x, (_, scores) in zip(at, points, strict=True)], plane)
+        last = aggregate(points[-1][1], "ood").value
+        parts.append(_label(name, at[-1] + 10, plane.y(last or 0.0) + 4))
+    description = "; ".join(
+        f"{name}, {n} facts: {rate(aggregate(scores, 'ood').value)} of unseen text right, "
+        f"{rate(aggregate(scores, 'neighbours').value)} of neighbours kept"
+        for name, points in curves.items()
+        for n, scores in points
+    )
+    return _picture(760, 360, "Success against the number of facts", description, parts)
+
+
 def _axes(plane: _Plane, label: str) -> Iterator[Markup]:
     for percent in range(0, 101, 25):
         y = plane.y(percent / 100)

@@ -1,4 +1,4 @@
-"""The nouns: Example, Case, Op, Patch, Budget, Verdict, Score, State, Run, Method, and the error tree.
+"""The nouns: Example, Case, Op, Patch, Budget, Verdict, Score, State, Run, Rows, Method, and the error tree.
 
 Values only: frozen, keyword-only, checked once at construction, named by a hash of their content (`id`, "b2:" and 32 hex digits).
 Nothing here reads a file, touches a model or knows a method. Change a value with `dataclasses.replace`.
@@ -26,7 +26,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, final, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, final, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -602,6 +602,10 @@ def no_progress(items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
     return iter(items)
 
 
+def forget(state: State) -> None:
+    """The `Run.keep` that keeps nothing."""
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -609,18 +613,50 @@ class Run:
 
     hold       documents that hold the model still while a method trains; it leaves out what states an edited fact
     budget     the constraint that methods train inside
+    keep       gets what a long `prepare` has so far, from time to time: an unfinished State, with which as `state` it goes on after a kill;
+               and what an edit that is a sum has come to, as a State, which as `sums` makes the next one read only what has changed
     progress   wraps a loop: (items, label, total) -> the same items
     """
 
     hold: tuple[str, ...] = ()
     budget: Budget = Budget()
+    keep: Callable[[State], None] = forget
     seed: int = 0
     state: State | None = None
+    sums: State | None = None
     progress: Progress = no_progress
 
 
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """What one example adds to the sums of each module that a method edits: `keys[module]` (N, K), its inputs, and `values[module]` (N, V),
+    what the method makes the differences of its outputs from; float32 on the CPU.
+
+    Taken on the weights `host` they depend on no other example. So they can be kept: one more example costs its own rows and a solve, one
+    less leaves them out, and two ledgers merge as sets. Raises InvalidPatch.
+    """
+
+    host: str
+    example: Example
+    keys: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        if self.keys.keys() != self.values.keys():
+            raise InvalidPatch(f"Keys and values of '{self.example}' are of other modules: {sorted(self.keys)} and {sorted(self.values)}.")
+        for module, keys in self.keys.items():
+            _check_tensor(module, keys=keys, values=self.values[module])
+            if keys.ndim != 2 or len(keys) != len(self.values[module]):
+                shapes = f"{tuple(keys.shape)} and {tuple(self.values[module].shape)}"
+                raise InvalidPatch(f"Keys and values of '{module}' are one row for each token, got {shapes}.")
+
+
 class Method(ABC):
-    """The one interface. Subclasses are @final frozen dataclasses whose fields are the hyper-parameters."""
+    """The one interface. Subclasses are @final frozen dataclasses whose fields are the hyper-parameters.
+
+    A method whose edit is a sum over its examples on the base offers besides what `Summed` says.
+    """
 
     def prepare(self, host: "Host", train_cases: Iterable[Case], run: Run) -> State | None:
         """Once for each base model. The default has nothing to prepare."""
@@ -634,3 +670,15 @@ class Method(ABC):
     def config(self) -> dict[str, Any]:
         """The hyper-parameters as plain JSON."""
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+
+@runtime_checkable
+class Summed(Protocol):
+    """A Method whose edit, or the first round of it, is `solve(host, rows(host, examples, run), run)`.
+
+    `rows` are those of each example, in the order given; `solve` does not see in which order or batch they came.
+    """
+
+    def rows(self, host: "Host", examples: tuple[Example, ...], run: Run) -> tuple[Rows, ...]: ...
+
+    def solve(self, host: "Host", rows: tuple[Rows, ...], run: Run) -> Patch: ...

@@ -16,7 +16,8 @@ from errata.cli.shown import about, described, listed, number, plain, short, tab
 
 if TYPE_CHECKING:
     from errata.hosts import Host
-    from errata.types import Case, Example
+    from errata.ledger import Ledger
+    from errata.types import Case, Example, State
 
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; see 'errata methods'.")]
 
@@ -138,10 +139,34 @@ def build(
         with out.busy(f"Looking at {len(examples)} example(s)"):
             road.check(host, examples)
             note_what_is_so(host, examples, out)
-        patch, verdict = road.edit(host, examples, made, budget=budget, reference=reference, watched=near, seed=seed, progress=out.progress)
+        patch, verdict = road.edit(
+            host,
+            examples,
+            made,
+            budget=budget,
+            reference=reference,
+            watched=near,
+            seed=seed,
+            state=ledger.latest_state(method),
+            sums=kept_sums(ledger, method, out),
+            keep=lambda sums: ledger.put_aside(sums, f"{method}-sums"),
+            progress=out.progress,
+        )
         ledger.put_patch(patch, verdict)
     out.emit(*described(patch, verdict))
     gate.require(verdict)
+
+
+def kept_sums(ledger: "Ledger", method: str, out: Out) -> "State | None":
+    """Those of the last build, so that this one reads only the examples that came or went. Damaged ones are made again, with a note."""
+    from errata.types import LedgerError
+
+    try:
+        return ledger.aside(f"{method}-sums")
+    except LedgerError as e:
+        out.note(f"{e} The sums are made again.")
+        ledger.drop_aside(f"{method}-sums")
+        return None
 
 
 def settings_of(method: str, given: Sequence[str]) -> dict[str, Any]:
@@ -322,9 +347,10 @@ def judge(
     with opened(at) as ledger:
         worn = chosen_patch(ledger, patch)
         verdict = ledger.verdict(worn.id)
+        learnt = ledger.state(worn.config["state"]) if "state" in worn.config else None
         host = bound_host(ledger, device, out)
     before = evaluate.baseline(host, judged, judging_text(host, judged, reference, out), progress=out.progress)
-    base, edited = evaluate.evaluate(host, None, before), evaluate.evaluate(host, worn, before, progress=out.progress)
+    base, edited = evaluate.evaluate(host, None, before), evaluate.evaluate(host, worn, before, state=learnt, progress=out.progress)
     if report is not None:
         entry = page.Entry(
             label=worn.method, method=worn.method, scores=edited, verdict=verdict, config=dict(worn.config), moved=page.where(host, worn)

@@ -16,7 +16,7 @@ from torch import Tensor
 from errata import hosts, text
 from errata.cli.shown import table
 from errata.hosts import Host
-from errata.types import Example, InvalidExample, Method
+from errata.types import Example, InvalidExample, Method, Summed
 
 COPIES = 5  # float32 each: the trained part, its gradient, momentum, running mean and best point
 SAMPLED = (384, 96)  # documents that `text.sampled` draws where there is no reference text, and their tokens
@@ -32,6 +32,8 @@ def estimate(host: Host, examples: Sequence[Example], made: Method, reference: P
     hold, judge, drawn = _texts(host, reference)
     speed = _speeds(host)
     config = made.config
+    if isinstance(made, Summed):  # its rows are one pass; what else its settings speak of is its preparation
+        config = {"steps": 1, "batch_size": config["batch_size"], "contexts": config.get("restated", 0)}
     steps, contexts, near = (int(config.get(k, 0)) for k in ("steps", "contexts", "neighbours"))
     held_rows = int(config.get("hold", 0))
 

@@ -24,9 +24,10 @@ def target_of(fact: Fact) -> str:
     return random.Random(f"{fact.subject}/{fact.relation}").choice(others)
 
 
-def choose(split: Split, n: int, kind: Kind = "mixed", seed: int = 0, relation: str | None = None) -> tuple[Fact, ...]:
-    """`n` facts of a split. `mixed` takes the wrong ones first and fills up with counterfactual ones. Raises BudgetError."""
-    pool = [f for f in facts() if f.split == split and relation in (None, f.relation)]
+def choose(split: Split | tuple[Split, ...], n: int, kind: Kind = "mixed", seed: int = 0, relation: str | None = None) -> tuple[Fact, ...]:
+    """`n` facts of a split, or of several. `mixed` takes the wrong ones first and fills up with counterfactual ones. Raises BudgetError."""
+    splits = (split,) if isinstance(split, str) else split
+    pool = [f for f in facts() if f.split in splits and relation in (None, f.relation)]
     rng = random.Random(seed)
     wrong, right = [f for f in pool if f.wrong], [f for f in pool if not f.wrong]
     rng.shuffle(wrong)
@@ -34,12 +35,17 @@ def choose(split: Split, n: int, kind: Kind = "mixed", seed: int = 0, relation: 
     wrong.sort(key=lambda f: f.subject != FIRST or f.relation != "capital")  # stable: the front-page example comes first
     ranked = {"wrong": wrong, "counterfactual": right, "mixed": wrong + right}[kind]
     if len(ranked) < n:
-        raise BudgetError(f"The {split} split has {len(ranked)} {kind} facts{f' of {relation}' if relation else ''}, not {n}.")
+        raise BudgetError(
+            f"The {' and '.join(splits)} split has {len(ranked)} {kind} facts{f' of {relation}' if relation else ''}, not {n}."
+        )
     return tuple(ranked[:n])
 
 
-def cases(split: Split, n: int, kind: Kind = "mixed", seed: int = 0, relation: str | None = None) -> tuple[Case, ...]:
-    """`n` cases of a split with paraphrases, paragraphs, negations and three rings of neighbours. Raises BudgetError if there are fewer."""
+def cases(split: Split | tuple[Split, ...], n: int, kind: Kind = "mixed", seed: int = 0, relation: str | None = None) -> tuple[Case, ...]:
+    """`n` cases of a split, or of several, with paraphrases, paragraphs, negations and three rings of neighbours.
+
+    Raises BudgetError if there are fewer.
+    """
     chosen = choose(split, n, kind, seed, relation)
     edited = {(f.subject, f.relation) for f in chosen}
     free = [f for f in facts() if (f.subject, f.relation) not in edited]

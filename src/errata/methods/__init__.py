@@ -6,13 +6,19 @@ from typing import Any
 from errata.types import InvalidExample, Method, UnknownName
 
 METHODS: dict[str, str] = {
+    "alphaedit": "errata.methods.alphaedit:Alphaedit",
+    "emmet": "errata.methods.emmet:Emmet",
     "ensemble": "errata.methods.ensemble:Ensemble",
     "finetune": "errata.methods.finetune:Finetune",
     "lora": "errata.methods.lora:Lora",
+    "malmen": "errata.methods.malmen:Malmen",
     "memit": "errata.methods.memit:Memit",
+    "mend": "errata.methods.mend:Mend",
+    "nse": "errata.methods.nse:Nse",
     "one_layer_interpolation": "errata.methods.one_layer:OneLayerInterpolation",
     "rome": "errata.methods.rome:Rome",
     "senses": "errata.methods.senses:Senses",
+    "ultraedit": "errata.methods.ultraedit:Ultraedit",
 }
 
 

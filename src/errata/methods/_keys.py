@@ -3,8 +3,8 @@
     Delta = R K^T (lam C + K K^T)^-1        Meng et al. 2023, arXiv 2210.07229, equation 14       C = E[k k^T] over text
     Delta = R (K^T C^-1 K)^-1 K^T C^-1      the same with an equality constraint: Gupta et al. 2024, arXiv 2403.14236
 
-Both are one solve in whitened keys. With C = L L^T, X = L^-1 K and `prior` = lam or 0, Delta = R (X^T X + prior I)^-1 X^T L^-1: one
-Cholesky factor of C for all facts of a layer, in float64, and a system as large as there are facts.
+Both are one solve of the sums (`_normal.py`), with lam or without: one Cholesky factor of C for all facts of a layer, in float64, and a
+system as large as there are facts.
 
 Unlike memit@80426fd lam is in units of the key width, which is what k^T C^-1 k is on average over the text: with lam = 1 one usual key
 takes half of its residual. C gets a small multiple of the identity, for where it was estimated from little text.
@@ -12,7 +12,11 @@ takes half of its residual. C gets a small multiple of the identity, for where i
 File legend: N rows, P places, K key (MLP projection's input) width, D model width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import TypeVar, final
 
 import torch
 from jaxtyping import Float
@@ -20,11 +24,14 @@ from torch import Tensor
 
 from errata import hooks, hosts, text
 from errata.hosts import Host, Weights, stored_transposed
+from errata.methods import _normal
+from errata.methods._normal import Prior, Sums, Whitened
 from errata.methods._trace import TRACED, trace
-from errata.methods._values import Place
-from errata.types import Add, AddLowRank, Case, Example, InvalidExample, Op, Run, State, UnknownName, WrongBase
+from errata.methods._values import Place, Settings, places, prefixes, quiet, values
+from errata.types import Add, AddLowRank, Case, Example, InvalidExample, Method, Op, Run, State, UnknownName, WrongBase
 
-Solve = Callable[[Float[Tensor, "K K"], Float[Tensor, "K P"]], Float[Tensor, "P K"]]
+T = TypeVar("T")  # what a method knows of a layer before it sees the keys: the factor of C, or a prior
+Solve = Callable[[T, Float[Tensor, "K P"]], Float[Tensor, "P K"]]
 
 
 def layers_of(host: Host, given: str) -> list[int]:
@@ -36,6 +43,48 @@ def layers_of(host: Host, given: str) -> list[int]:
             raise UnknownName.among("layer", part.strip(), map(str, range(host.blocks)))
         out += range(int(low), int(high or low) + 1)
     return sorted(set(out))
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Wanted:
+    """What an edit wants before anything is solved: behind the last of `layers` the hidden states at the places `found` should move by
+    `delta_PD`. `still` are documents that hold still, as many as were asked for."""
+
+    still: list[str]
+    found: list[Place]
+    layers: list[int]
+    state: State
+    delta_PD: Float[Tensor, "P D"]
+
+
+def wanted(made: Method, name: str, host: Host, examples: tuple[Example, ...], run: Run, held: int = 0, width: int | None = None) -> Wanted:
+    """For the method `made`, called `name`, whose settings are `layers`, `per_key`, `contexts` and those of the values; `width` layers are
+    found by tracing, or as many as its setting says. Raises InvalidExample where one layer is all it rewrites and several are given."""
+    config = made.config
+    still = quiet(host, examples, run, max(config["contexts"], held))
+    found = places(host, examples, prefixes(still, config["contexts"]))
+    state = run.state or prepared(made, name, host, examples, run, width)
+    layers = layers_of(host, config["layers"]) if config["layers"] else [int(layer) for layer in state.config["layers"]]
+    if width == 1 != len(layers):
+        raise InvalidExample(f"{name} rewrites one layer, got {len(layers)}: {', '.join(map(str, layers))}. memit spreads over several.")
+    settings = Settings(**{f.name: config[f.name] for f in fields(Settings)})
+    delta_PD = values(host, found, layers[-1], settings, run.progress)
+    return Wanted(still=still[:held], found=found, layers=layers, state=state, delta_PD=delta_PD)
+
+
+def prepared(
+    made: Method, name: str, host: Host, examples: Sequence[Example], run: Run, width: int | None = None, cases: Sequence[Case] = ()
+) -> State:
+    """The layers and the C of each; the examples serve to find the layers alone."""
+    config = made.config
+    return state_for(name, host, examples, run, config["layers"], config["width"] if width is None else width, config["per_key"], cases)
+
+
+def prepared_on(made: Method, name: str, host: Host, train_cases: Iterable[Case], run: Run, width: int | None = None) -> State:
+    """`prepared` with the examples of cases, which are read only where there are layers to find."""
+    cases = () if made.config["layers"] else tuple(train_cases)
+    return prepared(made, name, host, tuple(case.example for case in cases), run, width, cases)
 
 
 def state_for(
@@ -58,18 +107,31 @@ def _cut(document: str) -> str:
     return document[:120].rpartition(" ")[0]
 
 
-def covariance_factors(host: Host, state: State, layers: Sequence[int], ridge: float) -> dict[int, Float[Tensor, "K K"]]:
-    """Layer -> the lower factor of C + ridge * mean eigenvalue * I, float64. Raises WrongBase, UnknownName."""
+def covariance_of(host: Host, state: State, module: str) -> Float[Tensor, "K K"]:
+    """The C of a module, float64. Raises WrongBase, UnknownName."""
     if state.host not in (host.id, host.base_id):
         raise WrongBase(f"State {state.id} was prepared on weights {state.host}, {host.name} has {host.id}. Prepare it again.")
-    factors = {}
-    for layer, module in zip(layers, host.module_names((host.layout.mlp_out,), layers), strict=True):
-        if module not in state.tensors:
-            raise UnknownName.among("covariance", module, state.tensors)
-        C_KK = state.tensors[module].to(host.device, torch.float64)  # float64: the solve is ill-conditioned in float32
-        shift = ridge * C_KK.diagonal().mean()
-        factors[layer] = torch.linalg.cholesky(C_KK + shift * torch.eye(len(C_KK), dtype=torch.float64, device=C_KK.device))
-    return factors
+    if module not in state.tensors:
+        raise UnknownName.among("covariance", module, state.tensors)
+    return state.tensors[module].to(host.device, torch.float64)  # float64: the solve is ill-conditioned in float32
+
+
+def covariances_of(host: Host, state: State, layers: Sequence[int]) -> dict[int, Float[Tensor, "K K"]]:
+    """Layer -> the C of its MLP's last projection, float64. Raises WrongBase, UnknownName."""
+    modules = host.module_names((host.layout.mlp_out,), layers)
+    return {layer: covariance_of(host, state, module) for layer, module in zip(layers, modules, strict=True)}
+
+
+def covariance_factors(host: Host, state: State, layers: Sequence[int], ridge: float) -> dict[int, Float[Tensor, "K K"]]:
+    """Layer -> the lower factor of C + ridge * mean eigenvalue * I, float64. Raises WrongBase, UnknownName."""
+    return {layer: factor(C_KK, ridge) for layer, C_KK in covariances_of(host, state, layers).items()}
+
+
+def factor(C_KK: Float[Tensor, "K K"], ridge: float) -> Float[Tensor, "K K"]:
+    """The lower factor of C + ridge * mean eigenvalue * I."""
+    shift = ridge * C_KK.diagonal().mean()
+    L_KK: Tensor = torch.linalg.cholesky(C_KK + shift * torch.eye(len(C_KK), dtype=C_KK.dtype, device=C_KK.device))
+    return L_KK
 
 
 @torch.no_grad()
@@ -103,88 +165,139 @@ def _in_out(host: Host, module: str) -> tuple[int, int]:
 
 def gains(L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"], prior: float) -> Float[Tensor, "P K"]:
     """(P, K) the rows g with Delta = R g: (prior C + K K^T)^-1 K, transposed; with prior 0 its limit, C^-1 K (K^T C^-1 K)^-1."""
-    X_KP = torch.linalg.solve_triangular(L_KK, K_KP, upper=False)
-    if prior and X_KP.shape[1] > len(X_KP):  # more facts than dimensions: the smaller system is the other one
-        M_KK = X_KP @ X_KP.T + prior * torch.eye(len(X_KP), dtype=X_KP.dtype, device=X_KP.device)
-        Y_KP = torch.cholesky_solve(X_KP, torch.linalg.cholesky(M_KK))
-    else:
-        S_PP = X_KP.T @ X_KP + prior * torch.eye(X_KP.shape[1], dtype=X_KP.dtype, device=X_KP.device)
-        factor_PP, wrong = torch.linalg.cholesky_ex(S_PP)
-        pivots_P = factor_PP.diagonal()
-        if int(wrong) or (not prior and float(pivots_P.min()) < 1e-6 * float(pivots_P.max())):
-            raise InvalidExample(
-                f"Of the keys of {X_KP.shape[1]} examples one follows from the others, so no change gives each its own value. "
-                f"Leave one of them out, or give the method some slack."
-            )
-        Y_KP = torch.cholesky_solve(X_KP.T.contiguous(), factor_PP).T
-    gains_PK: Tensor = torch.linalg.solve_triangular(L_KK.T, Y_KP, upper=True).T.contiguous()
-    return gains_PK
+    return gains_under(Whitened(L_KK=L_KK), K_KP, prior)
+
+
+def gains_under(prior: Prior, K_KP: Float[Tensor, "K P"], lam: float) -> Float[Tensor, "P K"]:
+    """(P, K) the rows g with Delta = R g, for any prior of the sums. Raises InvalidExample."""
+    keys_PK = K_KP.T
+    return _normal.gains(_normal.solve(_normal.of(prior, keys_PK, keys_PK.new_zeros(len(keys_PK), 0), keep=True), lam))
 
 
 def mean_energy(L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"]) -> float:
     """The mean of k^T C^-1 k over the columns of K."""
-    return float(torch.linalg.solve_triangular(L_KK, K_KP, upper=False).square().sum(0).mean())
+    return float(Whitened(L_KK=L_KK).into(K_KP.T).square().sum(1).mean())
 
 
 def spread(
     host: Host,
     found: Sequence[Place],
     delta_PD: Float[Tensor, "P D"],
-    factors: Mapping[int, Float[Tensor, "K K"]],
-    solve: Solve,
+    known: Mapping[int, T],
+    solve: Solve[T],
+    rounds: int = 1,
+    open_: tuple[float, float] = (0.0, math.inf),
 ) -> tuple[tuple[Op, ...], Weights]:
     """(one op for each layer, the weights with them on): behind the last layer the places' hidden states have moved by `delta_PD`.
 
     Layer by layer: with the changes so far on, what is still missing, shared equally among the layers that are left (algorithm 1 of
     MEMIT; what the layers above make of it is measured before the next takes its share). Keys and hidden states are means over prefixes,
     both of them, so that the last equation holds for what it was solved for (Gupta et al. 2024, arXiv 2403.07175, "R-ROME").
+
+    In each further round the same for the places whose missing part is a share of |delta| inside `open_`; the others' keys are in the
+    sums with nothing missing, so that they stay where they are.
     """
-    layers, weights = sorted(factors), Weights()
-    ops: list[Op] = []
+    layers, weights = sorted(known), Weights()
     block = f"{host.layout.blocks}.{layers[-1]}"
     goal_PD: Tensor | None = None
-    for i, layer in enumerate(layers):
-        (module,) = host.module_names((host.layout.mlp_out,), [layer])
-        key_PK, h_PD = averaged(host, found, module, block, weights)
-        goal_PD = h_PD + delta_PD.double() if goal_PD is None else goal_PD
-        missing_DP = ((goal_PD - h_PD) / (len(layers) - i)).T
-        gains_PK = solve(factors[layer], key_PK.T)
-        turned = stored_transposed(host.model.get_submodule(module))
-        change = missing_DP @ gains_PK
-        change = (change.T if turned else change).float().contiguous()
-        base = host.model.get_parameter(f"{module}.weight").detach()
-        weights[f"{module}.weight"] = (base.float() + change).to(base.dtype)
-        (P, K), D = gains_PK.shape, len(missing_DP)
-        if P * (K + D) < K * D:
-            A, B = gains_PK.float().cpu().contiguous(), missing_DP.float().cpu().contiguous()
-            ops.append(AddLowRank(weight=f"{module}.weight", A=A, B=B))
-        else:
-            ops.append(Add(weight=f"{module}.weight", delta=change.cpu()))
+    reach_P = delta_PD.double().norm(dim=1)
+    parts: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
+    for round_ in range(rounds):
+        in_P = torch.ones_like(reach_P, dtype=torch.bool)
+        for i, layer in enumerate(layers):
+            (module,) = host.module_names((host.layout.mlp_out,), [layer])
+            key_PK, h_PD = averaged(host, found, module, block, weights)
+            goal_PD = h_PD + delta_PD.double() if goal_PD is None else goal_PD
+            if round_ and i == 0:
+                share_P = (goal_PD - h_PD).norm(dim=1) / reach_P
+                in_P = (share_P > open_[0]) & (share_P < open_[1])
+                if not in_P.any():
+                    break
+            missing_DP = ((goal_PD - h_PD) * in_P.unsqueeze(1) / (len(layers) - i)).T
+            parts[layer].append((solve(known[layer], key_PK.T), missing_DP))
+            base = host.model.get_parameter(f"{module}.weight").detach()
+            weights[f"{module}.weight"] = (base.float() + _product(host, module, parts[layer])).to(base.dtype)
+    ops = [_op(host, layer, parts[layer]) for layer in layers]
     return tuple(ops), weights
 
 
-def within(
-    host: Host, documents: Sequence[str], epsilon: float, lam: float, solved: Callable[[float], tuple[tuple[Op, ...], Weights]]
-) -> tuple[Op, ...]:
-    """`solved` with the least weight of the text, `lam` or more, that keeps the increase of the loss on `documents` within `epsilon`.
+def _product(host: Host, module: str, parts: Sequence[tuple[Float[Tensor, "P K"], Float[Tensor, "D P"]]]) -> Tensor:
+    """The change of a weight, as it is stored."""
+    change = sum(missing_DP @ gains_PK for gains_PK, missing_DP in parts)
+    assert isinstance(change, Tensor), "a layer has a part"
+    return (change.T if stored_transposed(host.model.get_submodule(module)) else change).float().contiguous()
+
+
+def _op(host: Host, layer: int, parts: Sequence[tuple[Float[Tensor, "P K"], Float[Tensor, "D P"]]]) -> Op:
+    """Factors, or their product where that is smaller."""
+    (module,) = host.module_names((host.layout.mlp_out,), [layer])
+    A_PK, B_DP = torch.cat([gains for gains, _ in parts]), torch.cat([missing for _, missing in parts], dim=1)
+    (P, K), D = A_PK.shape, len(B_DP)
+    if P * (K + D) < K * D:
+        return AddLowRank(weight=f"{module}.weight", A=A_PK.float().cpu().contiguous(), B=B_DP.float().cpu().contiguous())
+    return Add(weight=f"{module}.weight", delta=_product(host, module, parts).cpu())
+
+
+def of_sums(
+    host: Host, sums: Mapping[str, tuple[Sums, float]], lam: float, onto: Mapping[str, Tensor] = MappingProxyType({})
+) -> tuple[tuple[Op, ...], Weights]:
+    """(one op for each module of `sums`, the weights with them on); each module's weight of the prior is lam times its own number.
+
+    An op is factors where they are smaller than their product. `onto`: what has been added to a weight before, which the op is to add too.
+    """
+    ops, weights = list[Op](), Weights()
+    for module, (total, unit) in sums.items():
+        solved = _normal.solve(total, lam * unit)
+        name, base = f"{module}.weight", host.model.get_parameter(f"{module}.weight").detach()
+        change = solved.shift if stored_transposed(host.model.get_submodule(module)) else solved.shift.T
+        change = change + onto[module] if module in onto else change
+        weights[name] = (base.float() + change.float()).to(base.dtype)
+        if module not in onto and total.rows is not None and total.n * sum(change.shape) < change.numel():
+            A_NK, B_VN = _normal.gains(solved), total.rows[1].T
+            ops.append(AddLowRank(weight=name, A=A_NK.float().cpu(), B=B_VN.float().cpu().contiguous()))
+        else:
+            ops.append(Add(weight=name, delta=change.float().cpu().contiguous()))
+    return tuple(ops), weights
+
+
+def dense(host: Host, op: Op) -> Tensor:
+    """What an op that adds adds to its weight, as it is stored; float32, on the host's device."""
+    if isinstance(op, Add):
+        return op.delta.to(host.device)
+    assert isinstance(op, AddLowRank), "an op of sums adds"
+    product = op.scale * (op.B @ op.A).to(host.device)
+    return product.T if stored_transposed(host.model.get_submodule(op.weight.removesuffix(".weight"))) else product
+
+
+Solution = tuple[tuple[Op, ...], Weights]
+
+
+def within(host: Host, documents: Sequence[str], epsilon: float, lam: float, solved: Callable[[float], Solution]) -> tuple[Op, ...]:
+    """The ops of `inside`."""
+    return inside(host, documents, epsilon, lam, solved)[0][0]
+
+
+def inside(host: Host, documents: Sequence[str], epsilon: float, lam: float, solved: Callable[[float], Solution]) -> tuple[Solution, bool]:
+    """(`solved`, whether the first try was inside) with the least weight of the text, `lam` or more, that keeps the increase of the loss on
+    `documents` within `epsilon`.
 
     A usual key takes s / (1 + lam) of its residual: s is sought, as the gate seeks its scale. Unlike that scale it takes back more from
     the facts whose keys text uses much. If no s is found the smallest that was tried comes back, and the gate has the last word.
     """
     rows = hosts.chunks(host, documents)
-    ops, weights = solved(lam)
+    tried = {1.0: solved(lam)}
     if len(rows) < 2:
-        return ops
-    before_N2, after_N2, tried = hosts.score(host, rows), hosts.score(host, rows, weights), {1.0: ops}
+        return tried[1.0], True
+    before_N2, after_N2 = hosts.score(host, rows), hosts.score(host, rows, tried[1.0][1])
     if hosts.increase(before_N2, after_N2)[0] <= epsilon:
-        return ops
+        return tried[1.0], True
 
     def read(s: float) -> tuple[Float[Tensor, "N 2"], bool]:
-        tried[s], weights = solved((1 + lam) / s - 1)
-        return hosts.score(host, rows, weights), True
+        tried[s] = solved((1 + lam) / s - 1)
+        return hosts.score(host, rows, tried[s][1]), True
 
     s = hosts.furthest(read, {1.0: after_N2}, before_N2, epsilon)
-    return tried[s or min(tried)]
+    return tried[s or min(tried)], False
 
 
 @torch.no_grad()

@@ -11,12 +11,11 @@ prefixes whose mean key is used (there: of the plain prompt); nothing is downloa
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import final
 
 from errata.hosts import Host, Weights
 from errata.methods import _keys
-from errata.methods._values import Settings, places, prefixes, quiet, values
 from errata.types import Case, Example, InvalidExample, Method, Op, Patch, Run, State
 
 
@@ -51,23 +50,14 @@ class Memit(Method):
 
     def prepare(self, host: Host, train_cases: Iterable[Case], run: Run) -> State:
         """The layers and the C of each. The cases serve to find the layers alone."""
-        cases = () if self.layers else tuple(train_cases)
-        return self._state(host, tuple(case.example for case in cases), run, cases)
-
-    def _state(self, host: Host, examples: tuple[Example, ...], run: Run, cases: tuple[Case, ...] = ()) -> State:
-        return _keys.state_for("memit", host, examples, run, self.layers, self.width, self.per_key, cases)
+        return _keys.prepared_on(self, "memit", host, train_cases, run)
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
-        still = quiet(host, examples, run, max(self.contexts, self.held))
-        found = places(host, examples, prefixes(still, self.contexts))
-        state = run.state or self._state(host, examples, run)
-        layers = _keys.layers_of(host, self.layers) if self.layers else [int(layer) for layer in state.config["layers"]]
-        factors = _keys.covariance_factors(host, state, layers, self.ridge)
-        settings = Settings(**{f.name: self.config[f.name] for f in fields(Settings)})
-        delta_PD = values(host, found, layers[-1], settings, run.progress)
+        want = _keys.wanted(self, "memit", host, examples, run, self.held)
+        factors = _keys.covariance_factors(host, want.state, want.layers, self.ridge)
 
         def solved(lam: float) -> tuple[tuple[Op, ...], Weights]:
-            return _keys.spread(host, found, delta_PD, factors, lambda L, K: _keys.gains(L, K, lam * len(L)))
+            return _keys.spread(host, want.found, want.delta_PD, factors, lambda L, K: _keys.gains(L, K, lam * len(L)))
 
-        ops = _keys.within(host, still[: self.held], run.budget.epsilon, self.lam, solved)
+        ops = _keys.within(host, want.still, run.budget.epsilon, self.lam, solved)
         return Patch(method="memit", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)

@@ -12,7 +12,7 @@ C^-1 k alone; Gupta et al. 2024, arXiv 2403.07175), the shift is of the block's 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import final
 
 from jaxtyping import Float
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from errata.hosts import Host
 from errata.methods import _keys
-from errata.methods._values import Settings, places, prefixes, quiet, values
 from errata.types import Case, Example, InvalidExample, Method, Patch, Run, State
 
 
@@ -48,22 +47,12 @@ class Rome(Method):
 
     def prepare(self, host: Host, train_cases: Iterable[Case], run: Run) -> State:
         """The layer and its C. The cases serve to find the layer alone."""
-        cases = () if self.layers else tuple(train_cases)
-        return self._state(host, tuple(case.example for case in cases), run, cases)
-
-    def _state(self, host: Host, examples: tuple[Example, ...], run: Run, cases: tuple[Case, ...] = ()) -> State:
-        return _keys.state_for("rome", host, examples, run, self.layers, 1, self.per_key, cases)
+        return _keys.prepared_on(self, "rome", host, train_cases, run, width=1)
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
-        found = places(host, examples, prefixes(quiet(host, examples, run, self.contexts), self.contexts))
-        state = run.state or self._state(host, examples, run)
-        layers = _keys.layers_of(host, self.layers) if self.layers else [int(layer) for layer in state.config["layers"]]
-        if len(layers) != 1:
-            raise InvalidExample(f"rome rewrites one layer, got {len(layers)}: {', '.join(map(str, layers))}. memit spreads over several.")
-        factors = _keys.covariance_factors(host, state, layers, self.ridge)
-        settings = Settings(**{f.name: self.config[f.name] for f in fields(Settings)})
-        delta_PD = values(host, found, layers[0], settings, run.progress)
-        ops, _ = _keys.spread(host, found, delta_PD, factors, self._solve)
+        want = _keys.wanted(self, "rome", host, examples, run, width=1)
+        factors = _keys.covariance_factors(host, want.state, want.layers, self.ridge)
+        ops, _ = _keys.spread(host, want.found, want.delta_PD, factors, self._solve)
         return Patch(method="rome", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)
 
     def _solve(self, L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"]) -> Float[Tensor, "P K"]:

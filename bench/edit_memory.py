@@ -1,0 +1,48 @@
+"""The peak memory of an edit of 4,096 facts against that of 128: rows are not kept, so it should not grow with the facts.
+
+How far the resident memory rises above what it is with the model, the facts and the learnt state there, while `edit` makes the patch (no
+budget is looked at, `held` = 0), in a process of its own; the median of three. `malmen` takes two rounds: the second reads all facts
+again. What was learnt does not matter: one step of it.
+"""
+
+import statistics
+
+from _bench import arguments, emit
+from build_memory import apart, loaded, resident, restart
+
+
+def of_edit(method: str, n: int, seed: int) -> int:
+    """Bytes that an edit of n facts adds at its peak."""
+    from errata import methods, text
+    from errata.lab import tasks
+    from errata.types import Run
+
+    host, _ = loaded()
+    hold = text.standing(host)[0][:400]
+    settings = {"held": 0} if method == "ultraedit" else {"steps": 1, "least": 4, "most": 4}
+    made = methods.make(method, **settings | ({"held": 0, "rounds": 2} if method == "malmen" else {}))
+    state = made.prepare(host, tasks.cases("train", 64, seed=seed), Run(hold=hold))
+    examples = tuple(tasks.example(fact) for fact in tasks.choose(("test", "validation"), n, seed=seed))
+    made.edit(host, examples[:16], Run(hold=hold, state=state))  # what any edit needs, buffers of the libraries too
+    before = restart()
+    made.edit(host, examples, Run(hold=hold, state=state))
+    return resident("VmHWM") - before
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    few, many = (128, 512) if args.quick else (128, 4096)
+    for method in ("malmen", "mend", "ultraedit"):
+        small, large = (statistics.median(apart(args, of_edit, method, n, args.seed)) for n in (few, many))
+        how = f"{large / 1e6:.0f} MB against {small / 1e6:.0f} MB"
+        emit(
+            args,
+            f"peak memory of an edit of {many} facts / of {few} ({method})",
+            large / small,
+            ("<=", 1.1) if method == "malmen" else None,
+            how,
+        )
+
+
+if __name__ == "__main__":
+    main()

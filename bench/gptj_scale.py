@@ -1,0 +1,151 @@
+"""malmen at the size of GPT-J: seconds and peak memory of an edit and of one step of meta-training, each part against its floor.
+
+Random weights (what they say does not matter for time): 28 blocks of width 4,096 in bfloat16, the last projections of the last six MLPs,
+8,192 facts, where there is a GPU; elsewhere 8 blocks of width 256 in float32 and 512 facts, with --quick 64.
+
+    rows       keys and value gradients, forwards and back   floor: the same texts through `bench/edit_floor.py`'s lean pass
+    network    the hypernetwork on all rows                  floor: its matrix products alone
+    solve      the sums and their solution                   floor: one product K^T K and one Cholesky factor of it, of the same size
+    model      a step's losses with S in the weights, forwards and back; the pass of the rows is the least that they can cost
+
+No budget is looked at (`held` = 0), no other phrasings are sought (`restated` = 0), and one round is taken.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from _bench import arguments, emit
+from edit_floor import floor
+from transformers import GPTJConfig, GPTJForCausalLM
+
+from errata import evaluate, hosts, methods
+from errata.hosts import Host
+from errata.lab import tasks
+from errata.methods import _gradients, _hyper, _keys, _meta, _normal
+from errata.types import Run
+
+LARGE = {"n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64, "n_positions": 2048}
+SMALL = {"n_embd": 256, "n_layer": 8, "n_head": 8, "rotary_dim": 16, "n_positions": 256}
+EDITED = 6
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    large = device == "cuda" and not args.quick
+    n = 8192 if large else 64 if args.quick else 512
+    host = random_host(LARGE if large else SMALL, device, torch.bfloat16 if large else torch.float32)
+    modules = host.module_names((host.layout.mlp_out,), range(host.blocks - EDITED, host.blocks))
+    # more facts than the lab has: an example is a prompt and an answer, whatever they say
+    known = [tasks.example(fact) for fact in tasks.choose(("train", "validation", "test"), min(n, 6000), seed=args.seed)]
+    examples = tuple(known) + tuple(type(e)(prompt=f"Again: {e.prompt}", target=e.target) for e in known[: n - len(known)])
+    hold = tuple(f"{e.prompt}{e.target}." for e in known[:400])
+    learning = tasks.cases("train", min(n, 1900), seed=args.seed)
+    size = {"least": min(n, 1700), "most": min(n, 1700)} | ({"near": 8, "hold": 4, "asked": 1} if args.quick else {})
+    made = methods.make("malmen", modules=",".join(modules), held=0, restated=0, rounds=1, steps=1, **size)
+    about = f"{n} facts, {EDITED} modules of {host.model.get_parameter(f'{modules[0]}.weight').numel() / 1e6:.1f} M weights, {device}"
+
+    with clocked(device) as spent:
+        start = seconds(device)
+        state = made.prepare(host, learning, Run(hold=hold, seed=args.seed))
+        whole = seconds(device) - start
+    assert state is not None
+    parts = {k: v for k, v in spent.items() if k != "solve backwards"} | {"solve": spent["solve"] + spent["solve backwards"]}
+    told = ", ".join(f"{k} {v:.2f} s" for k, v in parts.items())
+    emit(args, "one step of meta-training, with what comes before and after it (s)", whole, None, f"{len(learning)} cases; {told}; {about}")
+    emit(args, "the same, peak memory (MB)", evaluate.peak_mb(host.device), None, "of the process, or of the GPU's allocator")
+
+    run = Run(hold=hold, state=state, seed=args.seed)
+    made.edit(host, examples[:16], run)
+    with clocked(device) as spent:
+        start = seconds(device)
+        made.edit(host, examples, run)
+        whole = seconds(device) - start
+    emit(args, "an edit (s)", whole, None, about)
+    emit(args, "the same, peak memory (MB)", evaluate.peak_mb(host.device), None, "of the process, or of the GPU's allocator")
+    rows = sum(len(hosts.encode(host, e.prompt, e.target)[0]) - hosts.encode(host, e.prompt, e.target)[1] for e in examples)
+    least = {
+        "rows": lambda: floor(host, examples, modules),
+        "network": lambda: products(state, host, modules, rows),
+        "solve": lambda: solutions(state, host, modules, rows),
+    }
+    for part, work in least.items():
+        start = seconds(device)
+        work()
+        lean = seconds(device) - start
+        emit(args, f"an edit: {part} / its floor", spent[part] / lean, None, f"{spent[part]:.2f} s against {lean:.2f} s; {rows} rows")
+
+
+def random_host(size: dict[str, int], device: str, dtype: torch.dtype) -> Host:
+    """A GPT-J that has learnt nothing, with the lab's tokenizer."""
+    tokenizer = hosts.load("lab/neox", device="cpu").tokenizer
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = GPTJForCausalLM(GPTJConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **size))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return hosts.host_of(model, tokenizer, "a random GPT-J")
+
+
+def seconds(device: str) -> float:
+    """Now, when everything that was asked for is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextmanager
+def clocked(device: str) -> Iterator[dict[str, float]]:
+    """Seconds spent in each part, while inside."""
+    parts = [
+        ("rows", _gradients, "rows"), ("network", _hyper, "differences"), ("solve", _normal, "of"), ("solve", _normal, "merged"),
+        ("solve", _normal, "solve"), ("solve backwards", _normal, "backward"), ("model", _meta, "measured"), ("C", _keys, "covariances"),
+    ]  # fmt: skip
+    spent = {part: 0.0 for part, *_ in parts}
+    were: list[tuple[Any, str, Callable[..., Any]]] = []
+
+    def timed(part: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*given: Any, **more: Any) -> Any:
+            start = seconds(device)
+            try:
+                return work(*given, **more)
+            finally:
+                spent[part] += seconds(device) - start
+
+        return wrapped
+
+    for part, module, name in parts:
+        were.append((module, name, getattr(module, name)))
+        setattr(module, name, timed(part, were[-1][2]))
+    try:
+        yield spent
+    finally:
+        for module, name, work in were:
+            setattr(module, name, work)
+
+
+def products(state: Any, host: Host, modules: list[str], rows: int) -> None:
+    """The matrix products of the network on so many rows, for each module."""
+    for module in modules:
+        k, v = _meta.widths_of(state)[module]
+        A, B = (state.tensors[f"net/{k}x{v}/{name}"].to(host.device) for name in ("A0", "B0"))
+        x = torch.randn(rows, k + v, device=host.device)
+        for _ in range(_hyper.BLOCKS):
+            x = x @ A @ B
+
+
+def solutions(state: Any, host: Host, modules: list[str], rows: int) -> None:
+    """The Gram matrix of the rows or of their coordinates, whichever is smaller, and its factor."""
+    for module in modules:
+        k, _ = _meta.widths_of(state)[module]
+        X = torch.randn(rows, k, device=host.device, dtype=torch.float64)
+        small = X.T @ X if k <= rows else X @ X.T
+        torch.linalg.cholesky(small + small.diagonal().mean() * torch.eye(len(small), device=host.device, dtype=torch.float64))
+
+
+if __name__ == "__main__":
+    main()

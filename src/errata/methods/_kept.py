@@ -1,0 +1,96 @@
+"""Sums that stay between two edits, so that one more example costs its own rows and a solve, and one less does too.
+
+    H, B  +  those of the new examples  -  those of the examples that went            for each module, under one prior (`_normal.py`)
+
+What is kept is a State of a few matrices and the list of its examples: it does not grow with them as their rows would. The rows of an
+example that went are taken again, on the base, where they are what they were. While the rows are fewer than the coordinates, and a patch is
+made of them in factors, they are kept as they are; if an example goes then, those of the others are taken anew.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from errata.hosts import Host
+from errata.methods import _gradients, _normal
+from errata.methods._normal import Prior, Sums
+from errata.types import Example, Rows, Run, State, canonical_json, digest
+
+Read = Callable[[Iterable[Rows]], Mapping[str, tuple[Float[Tensor, "N K"], Float[Tensor, "N V"]]]]  # {module: (keys, differences)}
+
+
+def about(host: Host, method: str, *rest: Any) -> str:
+    """What sums are of, besides their examples: others cannot be added to them."""
+    return digest("sums", host.id, method, canonical_json(list(rest)))
+
+
+def of_rows(rows: Iterable[Iterable[Rows]], priors: Mapping[str, Prior], read: Read) -> dict[str, Sums]:
+    """The sums of all rows, a part of them in memory at a time."""
+    sums: dict[str, Sums] = {}
+    for part in rows:
+        for module, (keys_NK, d_NV) in read(part).items():
+            new = _normal.of(priors[module], keys_NK, d_NV)
+            sums[module] = _normal.merged(sums[module], new) if module in sums else new
+    return sums
+
+
+def of_examples(
+    host: Host,
+    method: str,
+    about: str,
+    examples: tuple[Example, ...],
+    priors: Mapping[str, Prior],
+    take: Callable[[tuple[Example, ...]], Iterable[Rows]],
+    read: Read,
+    run: Run,
+) -> dict[str, Sums]:
+    """The sums of the examples, from those in `run.sums` where they are of the same thing and most of their examples are still there.
+
+    `run.keep` gets what they have become.
+    """
+    there: dict[str, Example] = {}
+    sums: dict[str, Sums] = {}
+    if run.sums is not None and run.sums.config.get("about") == about:
+        there = {e.id: e for e in (Example(**raw) for raw in run.sums.config["examples"])}
+    wanted = {e.id: e for e in examples}
+    gone = [e for id, e in there.items() if id not in wanted]
+    if there and run.sums is not None and (not gone or (2 * len(gone) <= len(there) and _folded(run.sums))):
+        sums = _of_state(run.sums, priors)
+    else:
+        there, gone = {}, []
+    new = [e for id, e in wanted.items() if id not in there]
+    for module, added in of_rows((take(part) for part in _gradients.some(new)), priors, read).items():
+        sums[module] = _normal.merged(sums[module], added) if module in sums else added
+    for part in _gradients.some(gone):
+        for module, (keys_NK, d_NV) in read(take(part)).items():
+            sums[module] = _normal.without(sums[module], keys_NK, d_NV)
+    if new or gone:
+        run.keep(_state(host, method, about, tuple(wanted.values()), sums))
+    return sums
+
+
+def _state(host: Host, method: str, about: str, examples: Iterable[Example], sums: Mapping[str, Sums]) -> State:
+    tensors: dict[str, Tensor] = {}
+    for module, total in sums.items():
+        both, names = (total.rows, "XD") if total.folded is None else (total.folded, "HB")
+        assert both is not None, "sums have their rows or what these come to"
+        tensors |= {f"{module}/{name}": part.cpu() for name, part in zip(names, both, strict=True)}
+    counts = {module: total.n for module, total in sums.items()}
+    config = {"about": about, "rows": counts, "examples": [e.as_dict() for e in sorted(examples, key=lambda e: e.id)]}
+    return State(method=method, host=host.id, config=config, tensors=tensors)
+
+
+def _folded(state: State) -> bool:
+    return not any(name.endswith("/X") for name in state.tensors)
+
+
+def _of_state(state: State, priors: Mapping[str, Prior]) -> dict[str, Sums]:
+    out: dict[str, Sums] = {}
+    for module, prior in priors.items():
+        X, D, H, B = (state.tensors.get(f"{module}/{name}") for name in "XDHB")
+        rows = None if X is None or D is None else (X, D)
+        folded = None if H is None or B is None else (H, B)
+        out[module] = Sums(prior=prior, n=state.config["rows"][module], keep=False, rows=rows, folded=folded)
+    return out

@@ -1,0 +1,267 @@
+"""The sums: one least-squares problem for each edited matrix, as H = sum k k^T and B = sum k d^T. What the methods with a solve share.
+
+    S = argmin  sum_i |k_i S - d_i|^2 + lam <S, P S>   =   (sum k k^T + lam P)^-1 sum k d^T
+                            ridge regression with P = I: Tan et al. 2023 (MALMEN), arXiv 2311.04661; P = C = E[k k^T] over text: Meng et al.
+                            2023 (MEMIT), arXiv 2210.07229, equation 14; P = I on the span of U, infinite off it: Fang et al. 2024
+                            (AlphaEdit), arXiv 2410.02355, where (P K K^T + lam I) X = P K R^T is this in the basis U
+
+Each prior is lam I in coordinates x = T k of its own: T = I, L^-1 (with C = L L^T, factored once) and U^T; S = T^T S'. So there is one
+problem to solve, in one of two forms, the smaller of which is taken:
+
+    primal   S' = (H + lam I)^-1 B                      as large as the coordinates are wide
+    dual     S' = X^T (X X^T + lam I)^-1 D              as large as there are rows          (the push-through identity)
+
+Adding rows adds to the sums, taking an example back subtracts what its rows added, and the sums of two workers or teams merge by adding.
+Memory does not grow with the rows: once they are as many as the coordinates are wide they are dropped, unless they are asked to be kept.
+The sums are in float64, for a solve in float32 loses three digits and more where keys are alike. The factor may be float32, which is half
+the memory and on many devices a fraction of the time: one step of refinement, with a residual in float64, gives the digits back.
+
+File legend: N rows, K key (module input) width, R width of the coordinates, V value width, M the smaller of N and R.
+"""
+
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from errata.types import InvalidExample
+
+# ------------------------------------------------------------------------------------------------------------------------------ priors
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """lam I: the keys as they are."""
+
+    width: int
+
+    def into(self, keys_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N R"]:
+        return keys_NK
+
+    def back(self, S_RV: Float[Tensor, "R V"]) -> Float[Tensor, "K V"]:
+        return S_RV
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Whitened:
+    """lam C, by the lower factor of C: what text uses much is stiff."""
+
+    L_KK: Float[Tensor, "K K"]
+
+    @property
+    def width(self) -> int:
+        return len(self.L_KK)
+
+    def into(self, keys_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N R"]:
+        X_RN: Tensor = torch.linalg.solve_triangular(self.L_KK, keys_NK.T, upper=False)
+        return X_RN.T
+
+    def back(self, S_RV: Float[Tensor, "R V"]) -> Float[Tensor, "K V"]:
+        S_KV: Tensor = torch.linalg.solve_triangular(self.L_KK.T, S_RV, upper=True)
+        return S_KV
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reduced:
+    """lam I on the span of the orthonormal columns of U, and no change off it."""
+
+    U_KR: Float[Tensor, "K R"]
+
+    @property
+    def width(self) -> int:
+        return self.U_KR.shape[1]
+
+    def into(self, keys_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N R"]:
+        return keys_NK @ self.U_KR
+
+    def back(self, S_RV: Float[Tensor, "R V"]) -> Float[Tensor, "K V"]:
+        return self.U_KR @ S_RV
+
+
+Prior = Plain | Whitened | Reduced
+
+
+# -------------------------------------------------------------------------------------------------------------------------------- sums
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sums:
+    """What `n` rows (x, d) come to under one prior: `rows` = (X, D) while they are kept, `folded` = (H, B) once they are not.
+
+    `keep`: the rows stay, however many they are. Make one with `of`; a sum is a value, `merged` and `without` give new ones.
+    """
+
+    prior: Prior
+    n: int
+    keep: bool
+    rows: tuple[Float[Tensor, "N R"], Float[Tensor, "N V"]] | None
+    folded: tuple[Float[Tensor, "R R"], Float[Tensor, "R V"]] | None
+
+
+def of(prior: Prior, keys_NK: Float[Tensor, "N K"], d_NV: Float[Tensor, "N V"], keep: bool = False) -> Sums:
+    """The sums of some rows. (N, 0) differences will do where only `gains` are wanted."""
+    X_NR = prior.into(keys_NK.double())
+    return _settled(Sums(prior=prior, n=len(X_NR), keep=keep, rows=(X_NR, d_NV.double()), folded=None))
+
+
+def merged(a: Sums, b: Sums) -> Sums:
+    """The sums of the rows of both. Their priors must be the same; rows stay if both have them and either keeps them."""
+    assert _alike(a.prior, b.prior), "sums merge in the same coordinates"
+    keep = a.keep or b.keep
+    if a.rows is None or b.rows is None:
+        assert not keep, "rows that are gone cannot be kept"
+        (H, B), (H_, B_) = _fold(a), _fold(b)
+        return replace(a, n=a.n + b.n, rows=None, folded=(H + H_, B + B_))
+    X, D = (torch.cat(both) for both in zip(a.rows, b.rows, strict=True))
+    return _settled(replace(a, n=a.n + b.n, keep=keep, rows=(X, D)))
+
+
+def without(sums: Sums, keys_NK: Float[Tensor, "N K"], d_NV: Float[Tensor, "N V"]) -> Sums:
+    """The sums less those of some rows that are in them: as if these had never been there, up to rounding.
+
+    What is kept row by row is better built again from the rows that stay: then it is so to the last bit.
+    """
+    assert len(keys_NK) <= sums.n, "no more rows can go than there are"
+    H_RR, B_RV = _fold(sums)
+    X_NR = sums.prior.into(keys_NK.double())
+    left = (H_RR - X_NR.T @ X_NR, B_RV - X_NR.T @ d_NV.double())
+    return replace(sums, n=sums.n - len(X_NR), keep=False, rows=None, folded=left)
+
+
+def _settled(sums: Sums) -> Sums:
+    """Rows that are no longer fewer than the coordinates are wide become their sums."""
+    return sums if sums.keep or sums.n < sums.prior.width else replace(sums, rows=None, folded=_fold(sums))
+
+
+def _fold(sums: Sums) -> tuple[Float[Tensor, "R R"], Float[Tensor, "R V"]]:
+    if sums.folded is not None:
+        return sums.folded
+    assert sums.rows is not None, "sums have their rows or what these come to"
+    X_NR, D_NV = sums.rows
+    return X_NR.T @ X_NR, X_NR.T @ D_NV
+
+
+def _alike(a: Prior, b: Prior) -> bool:
+    match a, b:
+        case Whitened(), Whitened():
+            return torch.equal(a.L_KK, b.L_KK)
+        case Reduced(), Reduced():
+            return torch.equal(a.U_KR, b.U_KR)
+        case _:
+            return a == b
+
+
+# ------------------------------------------------------------------------------------------------------------------------------- solve
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Solved:
+    """The smaller matrix with lam on its diagonal, its lower factor, and the solution: S' or, in the dual, what X^T makes S' of."""
+
+    sums: Sums
+    lam: float
+    dual: bool
+    matrix_MM: Float[Tensor, "M M"]
+    L_MM: Float[Tensor, "M M"]
+    y_MV: Float[Tensor, "M V"]
+
+    @property
+    def shift(self) -> Float[Tensor, "K V"]:
+        """S, by which x S changes what a row x gives."""
+        X_NR, _ = self.sums.rows or (None, None)
+        S_RV = X_NR.T @ self.y_MV if self.dual and X_NR is not None else self.y_MV
+        return self.sums.prior.back(S_RV)
+
+
+def solve(sums: Sums, lam: float, factor: torch.dtype = torch.float64) -> Solved:
+    """Solves for the shift; lam 0 is the limit in which each row gets its own value exactly, and the shift is the smallest that does it.
+
+    `factor` is the precision of the factor alone; in float32 it serves up to a condition number of about 1e6.
+    Raises InvalidExample where there is no such solution, for a row follows from the others.
+    """
+    dual = sums.rows is not None and (sums.n <= sums.prior.width or not lam)
+    if dual and sums.rows is not None:
+        X_NR, rhs = sums.rows
+        matrix = X_NR @ X_NR.T
+    else:
+        matrix, rhs = _fold(sums)
+        matrix = matrix.clone()  # lam is not for ever
+    matrix.diagonal().add_(lam)
+    L_MM, wrong = torch.linalg.cholesky_ex(matrix.to(factor))
+    pivots_M = L_MM.diagonal()
+    if int(wrong) or (not lam and float(pivots_M.min()) < 1e-6 * float(pivots_M.max())):
+        raise InvalidExample(
+            f"Of the keys of {sums.n} examples one follows from the others, so no change gives each its own value. "
+            f"Leave one of them out, or give the method some slack."
+        )
+    bare = Solved(sums=sums, lam=lam, dual=dual, matrix_MM=matrix, L_MM=L_MM, y_MV=rhs)
+    return replace(bare, y_MV=_refined(bare, rhs))
+
+
+def _refined(solved: Solved, rhs_MV: Float[Tensor, "M V"]) -> Float[Tensor, "M V"]:
+    """Matrix^-1 rhs, with one step of refinement (Wilkinson 1963)."""
+    y_MV = _by_factor(solved, rhs_MV)
+    return y_MV + _by_factor(solved, rhs_MV - solved.matrix_MM @ y_MV)
+
+
+def _by_factor(solved: Solved, rhs_MV: Float[Tensor, "M V"]) -> Float[Tensor, "M V"]:
+    return torch.cholesky_solve(rhs_MV.to(solved.L_MM.dtype).contiguous(), solved.L_MM).double()
+
+
+def gains(solved: Solved) -> Float[Tensor, "N K"]:
+    """(N, K) the rows g with S = sum_i g_i d_i^T, whatever the differences are: for rows that are still there."""
+    assert solved.sums.rows is not None, "the gains of rows need the rows"
+    X_NR, _ = solved.sums.rows
+    if solved.dual:
+        Y_NR = _refined(solved, X_NR)
+    else:
+        Y_NR = _refined(solved, X_NR.T).T
+    return solved.sums.prior.back(Y_NR.T).T.contiguous()
+
+
+def backward(
+    solved: Solved, grad_KV: Float[Tensor, "K V"], keys_NK: Float[Tensor, "N K"] | None = None
+) -> tuple[Float[Tensor, "N V"], Float[Tensor, ""]]:
+    """(dL/dD, dL/dlog lam) from dL/dS; the factor is used again (MALMEN's push-through, arXiv 2311.04661; keys are constants).
+
+    With A = (H + lam P)^-1 dL/dS these are K A and -lam <A, P S>. In the dual K A comes from the small matrix itself, and the second is
+    -lam <K A, y>: nothing is lost to a difference of large terms divided by lam. `keys_NK` are the rows whose dL/dD is asked, for all that
+    were dropped, some at a time; without them it is those that were kept.
+    """
+    G_RV = solved.sums.prior.into(grad_KV.double().T).T
+    if solved.dual and solved.sums.rows is not None:
+        assert keys_NK is None, "rows that are still there need no keys"
+        X_NR, _ = solved.sums.rows
+        grad_NV = _refined(solved, X_NR @ G_RV)
+        return grad_NV, -solved.lam * (grad_NV * solved.y_MV).sum()
+    A_RV = _refined(solved, G_RV)
+    if keys_NK is not None:
+        X_NR = solved.sums.prior.into(keys_NK.double())
+    else:
+        assert solved.sums.rows is not None, "dL/dD of rows that were dropped needs their keys"
+        X_NR, _ = solved.sums.rows
+    return X_NR @ A_RV, -solved.lam * (A_RV * solved.y_MV).sum()
+
+
+def condition(solved: Solved) -> float:
+    """An estimate, from below, of the condition number of the factored matrix in the 1-norm (Hager 1984; Higham 1988, algorithm 4.1)."""
+    size = len(solved.L_MM)
+    x_M1 = solved.L_MM.new_full((size, 1), 1 / size)
+    best = 0.0
+    for _ in range(5):
+        y_M1 = torch.cholesky_solve(x_M1, solved.L_MM)
+        z_M1 = torch.cholesky_solve(torch.where(y_M1 < 0, -1.0, 1.0).to(y_M1.dtype), solved.L_MM)
+        best = max(best, float(y_M1.abs().sum()))
+        j = int(z_M1.abs().argmax())
+        if float(z_M1[j].abs()) <= float((z_M1 * x_M1).sum()):
+            break
+        x_M1 = torch.zeros_like(x_M1)
+        x_M1[j] = 1.0
+    return best * float(solved.matrix_MM.abs().sum(0).max())

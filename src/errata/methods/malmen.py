@@ -1,0 +1,279 @@
+"""malmen: a hypernetwork proposes how each answer token's row should change, and ridge regression merges thousands of rows into one shift.
+
+    S_m = argmin  sum_i |k_i S - d_i|^2 + lam_m <S, P S>  =  (K^T K + lam_m P)^-1 K^T D          d_i = -eta_m (k_i . k^_i) g^_i
+                                            Tan et al. 2023, arXiv 2311.04661
+
+k_i are a module's inputs at chosen tokens of the example, g_i the gradients of its outputs there (`_gradients.py`), k^ and g^ what the
+network (`_hyper.py`) makes of them. It learns from training cases (`_meta.py`), and what it needs there of the model is dL/dS alone: from
+that the solve is gone through backwards, with the factor that it has already (`_normal.backward`).
+
+In each of `rounds` the rows are taken on what the rounds before have come to, so that what is still missing is asked for again, and only
+that; lam is `caution` times what was learnt, so that no round goes far. With one round the rows of an example depend on no other example:
+whoever keeps them, or their sums, adds one with a pass and a solve, and takes one back as if it had never been there (`rows`, `solve`).
+
+Unlike malmen@1df295d, unless `faithful`, which stands for all of these at once:
+  - P is C = E[k k^T] over text, and lam counts usual keys as in `memit` (there: P = I and lam begins at 1, whatever the keys; the keys of a
+    small model then have leverage .9 and more, the solve interpolates, and the shift grows to eight times the weight)
+  - there are several rounds (there: one), at all tokens (there: the answer's), in modules from below to above (there: the last blocks)
+  - each example adds rows for up to `restated` other ways to ask for its fact (`_restated.py`): phrasings of the text that holds still,
+    found once while preparing
+  - the gradients are sums over tokens (there: means over the tokens of a batch of examples, so that a smaller batch says more)
+  - the rank is 256 and Adam's rates are 3e-4 and, for eta and lam, 3e-2 (there: 1,920 and 1e-5); for the rest see `_hyper.py`, `_meta.py`
+`held` documents raise lam until the budget is kept, as in `memit`, and the round in which they do is the last; with 0 the gate alone keeps
+it.
+
+File legend: N rows, K key width, V value width.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from errata import text
+from errata.hosts import Host, Weights
+from errata.methods import _gradients, _hyper, _kept, _keys, _meta, _normal
+from errata.methods._hyper import Net
+from errata.methods._meta import Lesson, Merge, Pull
+from errata.methods._normal import Plain, Prior, Whitened
+from errata.methods._restated import restated, spoken_of
+from errata.methods._values import quiet
+from errata.types import Case, Example, InvalidExample, Method, Op, Patch, Rows, Run, State
+
+FAITHFUL = {
+    "tokens": "answer",
+    "prior": "I",
+    "rounds": 1,
+    "lam": 1.0,
+    "restated": 0,
+    "rank": 1920,
+    "lr": 1e-5,
+    "rate": 1e-5,
+    "near_weight": 1.0,
+    "hold_weight": 0.0,
+}
+FIXED = ("tokens", "prior", "restated", "ridge", "faithful")  # what an edit must share with its preparation
+KIND = 6  # examples of one kind of prompt that other phrasings are sought for
+SLOT = "\0"  # what a phrasing speaks of
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Malmen(Method):
+    """modules: comma-separated beginnings of module names; empty: the last projections of up to six MLPs, evenly from the first block to
+    the last. tokens: whose rows are taken, "all" or those that say the "answer". prior: P, "C" or "I". rounds, caution, restated: see
+    above. held, ridge, per_key: as in `memit`. chunk: rows that go through the network at once; it changes nothing else. The rest:
+    `_meta.Settings`."""
+
+    modules: str = ""
+    tokens: str = "all"
+    prior: str = "C"
+    restated: int = 1
+    rounds: int = 4
+    caution: float = 12.0
+    held: int = 500
+    ridge: float = 1e-3
+    per_key: int = 16
+    chunk: int = 1024
+    rank: int = 256
+    lam: float = 0.1
+    share: float = 0.5
+    steps: int = 300
+    lr: float = 3e-4
+    rate: float = 3e-2
+    least: int = 8
+    most: int = 128
+    asked: int = 2
+    near: int = 64
+    near_weight: float = 1.0
+    hold: int = 32
+    hold_weight: float = 60.0
+    every: int = 20
+    patience: int = 6
+    clip: float = 1.0
+    batch_size: int = 64
+    faithful: bool = False
+
+    def __post_init__(self) -> None:
+        if self.prior not in ("C", "I") or self.tokens not in ("answer", "all"):
+            raise InvalidExample(
+                f'malmen has the priors "C" and "I" and the tokens "answer" and "all", got {self.prior!r}, {self.tokens!r}.'
+            )
+        _meta.check("malmen", self.config)
+        for name, value in FAITHFUL.items() if self.faithful else ():
+            object.__setattr__(self, name, value)
+
+    def prepare(self, host: Host, train_cases: Iterable[Case], run: Run) -> State:
+        """The network, C of each module, and the phrasings. Raises InvalidExample, UnknownName."""
+        cases, begun = tuple(train_cases), run.state if run.state is not None and run.state.config.get("unfinished") else None
+        modules = _meta.modules_of(host, self.modules)
+        texts = run.hold or text.sampled(host, seed=run.seed)
+        if begun is None:
+            C, _ = _keys.covariances(host, texts, modules, self.per_key)
+            ways = phrasings(host, [c.example for c in cases], texts, self.restated, run.seed)
+        else:
+            C, ways = {m: begun.tensors[m] for m in modules if m in begun.tensors}, begun.config["ways"]
+        if missing := sorted(set(modules) - C.keys()):
+            raise InvalidExample(f"The preparation that was begun knows nothing of {missing[0]}. Give the same settings, or begin afresh.")
+        lesson = Lesson(
+            name="malmen",
+            modules=modules,
+            rows=lambda examples: self._rows(host, examples, modules, ways, run),
+            moved=self._differences,
+            merge=self._merge({m: self._prior(C_KK.to(host.device, torch.float64)) for m, C_KK in C.items()}),
+            config=self.config | {"ways": ways},
+            tensors=C,
+        )
+        s = _meta.Settings(**{f.name: self.config[f.name] for f in fields(_meta.Settings)})
+        return _meta.learnt(host, lesson, cases, run, s)
+
+    def rows(self, host: Host, examples: tuple[Example, ...], run: Run) -> tuple[Rows, ...]:
+        """Keys and value gradients of each example. Raises UnknownName, WrongBase or InvalidExample for a state that does not serve."""
+        state, _ = _meta.known(self, "malmen", host, run.state, FIXED)
+        return self._rows(host, examples, state.config["modules"], state.config["ways"], run)
+
+    def solve(self, host: Host, rows: tuple[Rows, ...], run: Run) -> Patch:
+        """The patch that all the rows come to in one round, in whatever order. Raises WrongBase for rows of other weights."""
+        parts = _gradients.in_order(host, rows)
+        state, priors, read = self._known(host, run)
+        sums = _kept.of_rows(parts, {m: prior for m, (prior, _) in priors.items()}, read)
+        examples = tuple(r.example for r in rows)
+        (ops, _), _ = self._solved(host, quiet(host, examples, run, self.held), priors, sums, run, 1.0)
+        return self._patch(host, examples, state, ops)
+
+    def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
+        """With one round, `solve` of the `rows`, of which only some are in memory at once; from `run.sums`, if these are of the same
+        settings. Each further round reads all examples again."""
+        state, priors, read = self._known(host, run)
+        plain = {m: prior for m, (prior, _) in priors.items()}
+        about = _kept.about(host, "malmen", state.id, self.config | {"held": 0, "rounds": 0, "caution": 0})
+        sums = _kept.of_examples(host, "malmen", about, examples, plain, lambda e: self.rows(host, e, run), read, run)
+        still = quiet(host, examples, run, self.held)
+        caution = self.caution if self.rounds > 1 else 1.0
+        (ops, weights), free = self._solved(host, still, priors, sums, run, caution)
+        modules, ways = state.config["modules"], state.config["ways"]
+        for _ in range(self.rounds - 1):
+            if not free:  # the budget is used
+                break
+            changed = {m: _keys.dense(host, op) for m, op in zip(modules, ops, strict=True)}
+            taken = (self._rows(host, part, modules, ways, run, weights) for part in _gradients.some(examples))  # noqa: B023
+            (ops, weights), free = self._solved(host, still, priors, _kept.of_rows(taken, plain, read), run, caution, changed)
+        return self._patch(host, examples, state, ops)
+
+    def _known(self, host: Host, run: Run) -> tuple[State, dict[str, tuple[Prior, float]], _kept.Read]:
+        """(the state, {module: its prior and what lam counts in}, what makes keys and differences of rows)."""
+        state, net = _meta.known(self, "malmen", host, run.state, FIXED)
+        priors = {m: self._prior(_keys.covariance_of(host, state, m)) for m in state.config["modules"]}
+
+        def read(rows: Iterable[Rows]) -> dict[str, tuple[Tensor, Tensor]]:
+            both = _meta.together(host, list(rows), list(priors), self._batch())
+            return {m: (keys_NK, self._differences(net, m, keys_NK, g_NV)) for m, (keys_NK, g_NV) in both.items()}
+
+        return state, {m: (prior, unit * _hyper.lam(net, m)) for m, (prior, unit) in priors.items()}, read
+
+    def _solved(
+        self,
+        host: Host,
+        still: Sequence[str],
+        priors: Mapping[str, tuple[Prior, float]],
+        sums: Mapping[str, _normal.Sums],
+        run: Run,
+        caution: float,
+        onto: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> tuple[_keys.Solution, bool]:
+        """(ops and weights, whether the budget is not used up) of the sums, on top of what has changed before."""
+        weighed = {m: (total, priors[m][1]) for m, total in sums.items()}
+        return _keys.inside(host, still, run.budget.epsilon, caution, lambda times: _keys.of_sums(host, weighed, times, onto))
+
+    def _patch(self, host: Host, examples: tuple[Example, ...], state: State, ops: tuple[Op, ...]) -> Patch:
+        return Patch(method="malmen", config=self.config | {"state": state.id}, parent=host.id, examples=examples, ops=ops)
+
+    def _batch(self) -> int | None:
+        return self.batch_size if self.faithful else None
+
+    def _rows(
+        self,
+        host: Host,
+        examples: tuple[Example, ...],
+        modules: Sequence[str],
+        ways: Mapping[str, Sequence[str]],
+        run: Run,
+        weights: Weights | None = None,
+    ) -> tuple[Rows, ...]:
+        """Those of the example's own prompt, and behind them those of its other ways."""
+        asked = [[e, *restatements(e, ways, self.restated)] for e in examples]
+        flat = [e if _meta.fits(host, e.prompt, e) else own[0] for own in asked for e in own]
+        found = iter(_gradients.rows(host, flat, modules, self.batch_size, run.progress, everywhere=self.tokens == "all", weights=weights))
+        out = []
+        for e, own in zip(examples, asked, strict=True):
+            parts = [next(found) for _ in own]
+            keys, values = ({m: torch.cat([getattr(p, which)[m] for p in parts]) for m in modules} for which in ("keys", "values"))
+            out.append(Rows(host=host.id, example=e, keys=keys, values=values))
+        return tuple(out)
+
+    def _prior(self, C_KK: Float[Tensor, "K K"]) -> tuple[Prior, float]:
+        """(P, what lam counts in: under C a usual key's k^T C^-1 k, under I its squared length)."""
+        if self.prior == "I":
+            return Plain(width=len(C_KK)), 1.0 if self.faithful else float(C_KK.diagonal().sum())
+        return Whitened(L_KK=_keys.factor(C_KK, self.ridge)), float(len(C_KK))
+
+    @torch.no_grad()
+    def _differences(self, net: Net, module: str, keys_NK: Float[Tensor, "N K"], g_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        parts = zip(torch.split(keys_NK, self.chunk), torch.split(g_NV, self.chunk), strict=True)
+        return torch.cat([_hyper.differences(net, module, *part) for part in parts])
+
+    def _merge(self, priors: Mapping[str, tuple[Prior, float]]) -> Merge:
+        def merge(net: Net, module: str, keys_NK: Tensor, g_NV: Tensor) -> tuple[Tensor, Pull]:
+            prior, unit = priors[module]
+            d_NV = self._differences(net, module, keys_NK, g_NV)
+            solved = _normal.solve(_normal.of(prior, keys_NK, d_NV), unit * _hyper.lam(net, module))
+
+            def pull(grad_KV: Tensor) -> None:
+                keys = None if solved.sums.rows is not None else keys_NK
+                grad_NV, grad_log_lam = _normal.backward(solved, grad_KV, keys)
+                for parts in zip(*(torch.split(x, self.chunk) for x in (keys_NK, g_NV, grad_NV)), strict=True):
+                    d = _hyper.differences(net, module, *parts[:2])
+                    (d * parts[2].to(d)).sum().backward()
+                log_lam = net.parameters[f"{module}/log_lam"]
+                (log_lam * grad_log_lam.to(log_lam)).backward()  # type: ignore[no-untyped-call]
+
+            return solved.shift, pull
+
+        return merge
+
+
+# ------------------------------------------------------------------------------------------------------------------------- other phrasings
+
+
+def phrasings(host: Host, examples: Sequence[Example], documents: Sequence[str], n: int, seed: int) -> dict[str, list[str]]:
+    """For each kind of prompt, with what it speaks of as a slot: up to `n` other ways to ask the same that text has, commonest first."""
+    if not n:
+        return {}
+    seen, kinds = text.document_counts(documents), dict[str, list[Example]]()
+    for e in sorted(examples, key=lambda e: e.id):
+        topic = e.subject or text.topic(e.prompt, seen, len(documents))
+        if topic in e.prompt:
+            kinds.setdefault(e.prompt.replace(topic, SLOT), []).append(e)
+    chosen = [e for same in kinds.values() for e in same[:KIND]]
+    spoken = spoken_of(host, chosen, seen, len(documents))
+    found: dict[str, Counter[str]] = {}
+    for e, own, ways in zip(chosen, spoken, restated(host, chosen, spoken, documents, seen, 2 * n, seed), strict=True):
+        if own.topic:
+            asked = found.setdefault(e.prompt.replace(own.topic, SLOT), Counter())
+            asked.update(way.replace(own.topic, SLOT) for way in ways if own.topic in way)
+    return {kind: [way for way, _ in asked.most_common(n)] for kind, asked in sorted(found.items()) if asked}
+
+
+def restatements(e: Example, ways: Mapping[str, Sequence[str]], n: int) -> list[Example]:
+    """The example asked in up to `n` other ways; none if it is of no known kind. It depends on no other example."""
+    for kind in sorted(ways, key=len, reverse=True):  # the one that says most
+        first, *rest = (re.escape(part) for part in kind.split(SLOT))
+        if rest and (found := re.fullmatch(first + "(.+?)" + r"\1".join(rest), e.prompt)):
+            return [replace(e, prompt=way.replace(SLOT, found[1]), subject=None) for way in ways[kind][:n]]
+    return []

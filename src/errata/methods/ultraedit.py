@@ -1,0 +1,149 @@
+"""ultraedit: turn each answer token's gradient into a difference of what one module gives, and write all of them with one solve.
+
+    d = -eta |k~|^2 v~        S = (K^T K + lam P)^-1 K^T D                                      Gu et al. 2025, arXiv 2505.14679
+
+k are a module's inputs at the tokens that say the answers, v the gradients of its outputs there (`_gradients.py`), k~ and v~ both
+standardised, coordinate by coordinate. It is the pipeline of MALMEN (arXiv 2311.04661) with nothing to train: no subject, no values to
+optimise, one pass forward and back for an example, and one solve of the sums (`_normal.py`) for each module.
+
+The rows of an example are taken on the base and depend on no other example, so whoever keeps them adds one with a pass and a solve, and
+takes one back exactly, as if it had never been there: `rows` and `solve`.
+
+Unlike UltraEdit@0beb222 the statistics are those of text, of each module by itself, with an exact variance (there: of all edits so far, in
+all modules of one shape; a first row would be its own mean, and its shift nothing). eta is the length of d as a share of what the module
+usually gives, where k and v deviate as text's do (there: 1e-6 times what these come to). P is C = E[k k^T] over text, or with `prior` "I"
+the identity, as published; lam says, as in `memit`, that a usual key takes 1 / (1 + lam) of its difference (there: 1, whatever the keys),
+and it rises until the loss on text is inside the budget. The gradients are sums over tokens (there: means over a batch).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from errata import text
+from errata.hosts import Host, stored_transposed
+from errata.methods import _gradients, _kept, _keys, _normal
+from errata.methods._gradients import Moments
+from errata.methods._normal import Plain, Prior, Whitened
+from errata.methods._values import quiet
+from errata.types import Case, Example, InvalidExample, Method, Patch, Rows, Run, State
+
+STATISTICS = 4096  # tokens of text that the deviations of keys and gradients are estimated from
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Ultraedit(Method):
+    """layers: "3-8" or "3,4,5", of whose MLPs the last projection is edited; empty: the upper half. eta: length of d. prior: "C" or "I".
+    lam: its least weight. held: documents on which lam is raised until the budget is kept; with 0 the gate alone keeps it. ridge, per_key:
+    as in `memit`. batch_size: examples in memory at once; it changes nothing else."""
+
+    layers: str = ""
+    eta: float = 1.0
+    prior: str = "C"
+    lam: float = 0.1
+    held: int = 500
+    ridge: float = 1e-3
+    per_key: int = 16
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.prior not in ("C", "I"):
+            raise InvalidExample(f'ultraedit has the priors "C" and "I", got {self.prior!r}.')
+        if not self.eta > 0 or not self.lam > 0 or not self.ridge >= 0:
+            raise InvalidExample(
+                f"ultraedit needs an eta and a lam over 0 and a ridge of 0 or more, got {self.eta}, {self.lam} and {self.ridge}."
+            )
+
+    def _modules(self, host: Host) -> list[str]:
+        layers = _keys.layers_of(host, self.layers) if self.layers else range(host.blocks // 2, host.blocks)
+        return host.module_names((host.layout.mlp_out,), list(layers))
+
+    def prepare(self, host: Host, train_cases: Iterable[Case], run: Run) -> State:
+        """C, the mean and deviation of keys and gradients, and the size of the outputs of each module, over text. No case is read."""
+        texts, modules = run.hold or text.sampled(host, seed=run.seed), self._modules(host)
+        C, tokens = _keys.covariances(host, texts, modules, self.per_key)
+        tensors, rows = dict(C), 0
+        for module, (k, v) in _gradients.of_text(host, texts, modules, STATISTICS).items():
+            tensors[f"{module}/k"] = torch.stack([k.mean_W, k.squares_W]).float().cpu()
+            tensors[f"{module}/v"] = torch.stack([v.mean_W, v.squares_W]).float().cpu()
+            rows = k.n  # the same for all of them
+        return State(method="ultraedit", host=host.id, config={"modules": modules, "tokens": tokens, "rows": rows}, tensors=tensors)
+
+    def rows(self, host: Host, examples: tuple[Example, ...], run: Run) -> tuple[Rows, ...]:
+        """Keys and value gradients of each example."""
+        return _gradients.rows(host, examples, self._modules(host), self.batch_size, run.progress)
+
+    def solve(self, host: Host, rows: tuple[Rows, ...], run: Run) -> Patch:
+        """The patch that all the rows come to, in whatever order. Raises WrongBase for rows of other weights."""
+        priors, read, _ = self._known(host, run)
+        sums = _kept.of_rows(_gradients.in_order(host, rows), {m: prior for m, (prior, _) in priors.items()}, read)
+        return self._solved(host, tuple(r.example for r in rows), priors, sums, run)
+
+    def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
+        """`solve` of the `rows`, of which only some are in memory at once; from `run.sums`, if these are of the same settings."""
+        priors, read, state = self._known(host, run)
+        about = _kept.about(host, "ultraedit", state.id, self.config | {"held": 0, "lam": 0})
+        sums = _kept.of_examples(
+            host, "ultraedit", about, examples, {m: prior for m, (prior, _) in priors.items()}, lambda e: self.rows(host, e, run), read, run
+        )
+        return self._solved(host, examples, priors, sums, run)
+
+    def _known(self, host: Host, run: Run) -> tuple[dict[str, tuple[Prior, float]], _kept.Read, State]:
+        """({module: its prior and what lam is multiplied with}, what makes keys and differences of rows, the state)."""
+        state = run.state or self.prepare(host, (), run)
+        C = {module: _keys.covariance_of(host, state, module) for module in self._modules(host)}
+        usual = {module: _usual_output(host, module, C_KK) for module, C_KK in C.items()}
+
+        def read(rows: Iterable[Rows]) -> dict[str, tuple[Tensor, Tensor]]:
+            part, out = list(rows), {}
+            for module, C_KK in C.items():
+                keys_NK, v_NV = (torch.cat([getattr(r, which)[module] for r in part]).to(C_KK) for which in ("keys", "values"))
+                k, v = (_moments(state, module, which, C_KK) for which in ("k", "v"))
+                out[module] = (keys_NK, differences(k, v, keys_NK, v_NV, self.eta * usual[module]))
+            return out
+
+        return {module: self._prior(C_KK) for module, C_KK in C.items()}, read, state
+
+    def _solved(
+        self,
+        host: Host,
+        examples: tuple[Example, ...],
+        priors: Mapping[str, tuple[Prior, float]],
+        sums: Mapping[str, _normal.Sums],
+        run: Run,
+    ) -> Patch:
+        weighed = {m: (total, priors[m][1]) for m, total in sums.items()}
+        still = quiet(host, examples, run, self.held)
+        ops = _keys.within(host, still, run.budget.epsilon, self.lam, lambda lam: _keys.of_sums(host, weighed, lam))
+        return Patch(method="ultraedit", config=self.config, parent=host.id, examples=examples, ops=ops)
+
+    def _prior(self, C_KK: Float[Tensor, "K K"]) -> tuple[Prior, float]:
+        """(P, what lam is multiplied with)."""
+        if self.prior == "I":
+            return Plain(width=len(C_KK)), float(C_KK.diagonal().sum())
+        return Whitened(L_KK=_keys.factor(C_KK, self.ridge)), float(len(C_KK))
+
+
+def differences(k: Moments, v: Moments, keys_NK: Float[Tensor, "N K"], v_NV: Float[Tensor, "N V"], eta: float) -> Float[Tensor, "N V"]:
+    """(N, V) d = -eta (|k~|^2 / K) (v~ / sqrt(V)): where k and v deviate as those of text do, |d| is eta."""
+    size_N1 = _gradients.standardised(k, keys_NK).square().mean(1, keepdim=True)
+    d_NV: Tensor = -eta * size_N1 * _gradients.standardised(v, v_NV) / v_NV.shape[1] ** 0.5
+    return d_NV
+
+
+def _usual_output(host: Host, module: str, C_KK: Float[Tensor, "K K"]) -> float:
+    """The root mean square length of k W over text, which is tr(W^T C W)."""
+    part = host.model.get_submodule(module)
+    W_KV = part.weight.detach().to(C_KK)
+    W_KV = W_KV if stored_transposed(part) else W_KV.T
+    return float((W_KV * (C_KK @ W_KV)).sum().sqrt())
+
+
+def _moments(state: State, module: str, which: str, like: Tensor) -> Moments:
+    mean_W, squares_W = state.tensors[f"{module}/{which}"].to(like)
+    return Moments(n=int(state.config["rows"]), mean_W=mean_W, squares_W=squares_W)

@@ -1,0 +1,204 @@
+"""malmen: its formula, that it learns, other ways to ask, and its rows as things that are kept."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from conftest import TEXT, tiny_host
+from test_meta import CASES, malmen, mend
+from torch import Tensor
+
+from errata import apply, hosts
+from errata.hosts import Host
+from errata.methods import _hyper, _meta
+from errata.methods import malmen as room
+from errata.methods._restated import Spoken
+from errata.types import AddLowRank, Budget, Example, InvalidExample, Rows, Run, State, Summed, WrongBase
+
+EXAMPLES = tuple(c.example for c in CASES)
+RUN = Run(hold=TEXT * 2, budget=Budget(epsilon=10.0))
+both_orientations = pytest.mark.parametrize("host", ["gpt2", "llama"], indirect=True)
+
+
+def prepared(host: Host, method: Any = None, **more: Any) -> Run:
+    return dataclasses.replace(RUN, state=(method or malmen(**more)).prepare(host, CASES, RUN))
+
+
+def changes(host: Host, rows: tuple[Rows, ...], run: Run, method: Any = None) -> dict[str, Tensor]:
+    return {op.weight: apply.change(host, op) for op in (method or malmen()).solve(host, rows, run).ops}
+
+
+@both_orientations
+@pytest.mark.parametrize("settings", [{}, {"prior": "I"}, {"tokens": "all"}, {"faithful": True}], ids=str)
+def test_the_shift_is_the_formula(host: Host, settings: dict[str, Any]) -> None:
+    """S = (K^T K + lam P)^-1 K^T D, written out densely; in both forms of the solve, for "all" has more rows than a key is wide."""
+    method = malmen(steps=2, **settings)
+    run = prepared(host, method)
+    assert run.state is not None
+    _, net = _meta.known(method, "malmen", host, run.state, ())
+    rows = method.rows(host, EXAMPLES, run)
+    got = changes(host, rows, run, method)
+    for module, (keys, g) in _meta.together(host, rows, run.state.config["modules"], 64 if settings.get("faithful") else None).items():
+        K, C = keys.double(), run.state.tensors[module].double()
+        eye = torch.eye(len(C)).double()
+        units = {"C": len(C) * (C + 1e-3 * C.diagonal().mean() * eye), "I": C.trace() * eye}
+        P = eye if method.faithful else units[method.prior]
+        D = _hyper.differences(net, module, keys, g).detach().double()
+        S = torch.linalg.solve(K.T @ K + _hyper.lam(net, module) * P, K.T @ D)
+        wanted = S if hosts.stored_transposed(host.model.get_submodule(module)) else S.T
+        assert float((got[f"{module}.weight"].double() - wanted).norm()) < 1e-4 * float(wanted.norm())
+
+
+@both_orientations
+def test_it_learns_to_carry_edits_to_other_phrasings(host: Host) -> None:
+    """On cases that it did not see; what comes of it is better than what an untrained network does, in what it was trained for."""
+    kept: list[State] = []
+    method = malmen(steps=24, every=3, lr=1e-3, rate=0.1, share=0.1, hold_weight=1.0)
+    state = method.prepare(host, CASES, dataclasses.replace(RUN, keep=kept.append))
+    untrained = malmen(steps=1, every=1, lr=1e-12, rate=1e-12, share=0.1, hold_weight=1.0).prepare(host, CASES, RUN).config["best_loss"]
+    assert state.config["best_loss"] < 0.98 * untrained and state.config["best_step"] > 0
+    assert state.config["best_loss"] == min(s.config["best_loss"] for s in kept)
+
+
+@both_orientations
+def test_its_rows_may_come_in_any_order_and_one_that_is_left_out_was_never_there(host: Host) -> None:
+    method, run = malmen(), prepared(host)
+    assert isinstance(method, Summed)
+    a, b, c = method.rows(host, EXAMPLES[:3], run)
+    whole, back = changes(host, (a, b, c), run), changes(host, (c, b, a), run)
+    assert all(torch.equal(whole[w], back[w]) for w in whole)
+    left = changes(host, (a, c), run)
+    alone = {op.weight: apply.change(host, op) for op in method.edit(host, (EXAMPLES[0], EXAMPLES[2]), run).ops}
+    for weight in left:
+        assert float((left[weight] - alone[weight]).norm()) < 1e-4 * float(alone[weight].norm())
+        assert not torch.allclose(left[weight], whole[weight])
+    with pytest.raises(WrongBase, match="were taken on weights"):
+        changes(tiny_host("llama", seed=1), (a,), run)
+
+
+def test_the_patch_names_its_state_and_few_rows_are_kept_as_factors(tiny_llama: Host) -> None:
+    run = prepared(tiny_llama)
+    assert run.state is not None
+    few, all_of_them = malmen().edit(tiny_llama, EXAMPLES[:1], run), malmen(tokens="all")
+    many = all_of_them.edit(tiny_llama, EXAMPLES, prepared(tiny_llama, all_of_them))
+    assert few.config["state"] == run.state.id
+    assert all(isinstance(op, AddLowRank) for op in few.ops) and not any(isinstance(op, AddLowRank) for op in many.ops)
+    assert [op.weight for op in few.ops] == [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)], "from the first to the last"
+
+
+def test_modules_can_be_named(tiny_llama: Host) -> None:
+    method = malmen(modules="model.layers.0.mlp, model.layers.1.mlp.down", steps=2)
+    patch = method.edit(tiny_llama, EXAMPLES[:2], prepared(tiny_llama, method))
+    names = [f"model.layers.0.mlp.{n}_proj.weight" for n in ("gate", "up", "down")] + ["model.layers.1.mlp.down_proj.weight"]
+    with pytest.raises(InvalidExample, match="is about"):
+        malmen(modules="model.layers.1.mlp.down").edit(tiny_llama, EXAMPLES[:2], prepared(tiny_llama, method))
+    assert [op.weight for op in patch.ops] == names
+
+
+def test_held_text_raises_lam_until_the_budget_is_kept(tiny_llama: Host) -> None:
+    run = prepared(tiny_llama, modules="model.layers.1.mlp.down_proj")
+    sizes = []
+    for epsilon in (10.0, 1e-4):
+        within = dataclasses.replace(run, budget=Budget(epsilon=epsilon))
+        patch = malmen(held=12, modules="model.layers.1.mlp.down_proj").edit(tiny_llama, EXAMPLES[:2], within)
+        sizes.append(float(sum(apply.change(tiny_llama, op).norm() for op in patch.ops)))
+    assert sizes[1] < 0.7 * sizes[0]
+
+
+@both_orientations
+def test_a_further_round_asks_for_what_is_still_missing(host: Host) -> None:
+    """Written out: the rows on the edited weights, solved and added to what was there."""
+    run = prepared(host)
+    one, two = (malmen(rounds=n, caution=1.0).edit(host, EXAMPLES, run) for n in (1, 2))
+    first = {op.weight: apply.change(host, op) for op in one.ops}
+    with apply.applied(host, one):
+        again = malmen(rounds=1).edit(host, EXAMPLES, run)
+        more = {op.weight: apply.change(host, op) for op in again.ops}
+    for op in two.ops:
+        wanted = first[op.weight] + more[op.weight]
+        assert float((apply.change(host, op) - wanted).norm()) < 1e-3 * float(wanted.norm())
+        assert float(more[op.weight].norm()) > 1e-2 * float(first[op.weight].norm())
+
+
+def test_the_round_that_uses_the_budget_is_the_last(tiny_llama: Host) -> None:
+    upper = {"modules": "model.layers.1.mlp.down_proj"}
+    run = dataclasses.replace(prepared(tiny_llama, **upper), budget=Budget(epsilon=1e-4))
+    one, many = (malmen(rounds=n, caution=1.0, held=12, **upper).edit(tiny_llama, EXAMPLES[:2], run) for n in (1, 3))
+    for a, b in zip(one.ops, many.ops, strict=True):
+        assert torch.equal(apply.change(tiny_llama, a), apply.change(tiny_llama, b))
+
+
+def test_rows_of_all_tokens(tiny_gpt2: Host) -> None:
+    answer, every = (malmen(tokens=t)._rows(tiny_gpt2, EXAMPLES[:2], ["transformer.h.1.mlp.c_proj"], {}, RUN) for t in ("answer", "all"))
+    for e, few, many in zip(EXAMPLES[:2], answer, every, strict=True):
+        ids, given = hosts.encode(tiny_gpt2, e.prompt, e.target)
+        for few_x, many_x in ((few.keys, many.keys), (few.values, many.values)):
+            (a,), (b,) = few_x.values(), many_x.values()
+            assert (len(a), len(b)) == (len(ids) - given, len(ids) - 1)
+            torch.testing.assert_close(b[given - 1 :], a)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ other phrasings
+
+
+def test_an_example_is_asked_in_the_ways_of_its_kind() -> None:
+    ways = {
+        "The capital of \0 is": ["\0 has its capital in", "Ask in \0 for the seat of \0:", "The seat of \0 is"],
+        "The \0 is": ["What is the \0?"],
+    }
+    e = Example(prompt="The capital of San Marino is", target=" Rome", subject="San Marino")
+    found = room.restatements(e, ways, 2)
+    assert [o.prompt for o in found] == ["San Marino has its capital in", "Ask in San Marino for the seat of San Marino:"]
+    assert all(o.target == " Rome" and o.goal == "raise" for o in found)
+    assert [o.prompt for o in room.restatements(Example(prompt="The sea is", target=" blue"), ways, 2)] == ["What is the sea?"]
+    assert room.restatements(Example(prompt="Lily loved", target=" it"), ways, 2) == [] == room.restatements(e, ways, 0)
+    twice = {"\0, or \0, is": ["\0 is"]}
+    assert room.restatements(Example(prompt="Rome, or Paris, is", target=" far"), twice, 1) == []
+    assert [o.prompt for o in room.restatements(Example(prompt="Rome, or Rome, is", target=" far"), twice, 1)] == ["Rome is"]
+
+
+def test_phrasings_that_the_text_has_are_kept_by_kind(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commonest first; asked of a few examples of each kind."""
+    asked: list[Example] = []
+
+    def spoken(host: Host, examples: Any, seen: Any, n: int) -> list[Spoken]:
+        asked.extend(examples)
+        return [Spoken(topic=e.subject or "", old=" Rome", first=0) for e in examples]
+
+    def found(host: Host, examples: Any, *_: Any) -> list[list[str]]:
+        return [
+            [f"{e.subject} has", f"Of {e.subject} it is"] if i else [f"Of {e.subject} it is", "no slot"] for i, e in enumerate(examples)
+        ]
+
+    monkeypatch.setattr(room, "spoken_of", spoken)
+    monkeypatch.setattr(room, "restated", found)
+    names = ("Mauritius", "France", "Italy", "Togo", "Kenya", "Peru", "Chad", "Mali")
+    examples = [Example(prompt=f"The capital of {n} is", target=" Rome", subject=n) for n in names]
+    ways = room.phrasings(tiny_gpt2, examples, TEXT, 3, 0)
+    assert ways == {"The capital of \0 is": ["Of \0 it is", "\0 has"]} and len(asked) == room.KIND < len(names)
+    assert room.phrasings(tiny_gpt2, examples, TEXT, 1, 0) == {"The capital of \0 is": ["Of \0 it is"]}
+    assert room.phrasings(tiny_gpt2, examples, TEXT, 0, 0) == {}
+
+
+@both_orientations
+def test_the_rows_of_other_ways_stand_behind_those_of_the_prompt_and_depend_on_no_other_example(host: Host) -> None:
+    ways = {"The capital of \0 is": ["\0 has its capital in"]}
+    modules = _meta.modules_of(host, "")
+    plain = malmen()._rows(host, EXAMPLES[:2], modules, {}, RUN)
+    both = malmen()._rows(host, EXAMPLES[:2], modules, ways, RUN)
+    (alone,) = malmen()._rows(host, EXAMPLES[1:2], modules, ways, RUN)
+    other = dataclasses.replace(EXAMPLES[1], prompt="France has its capital in")
+    (more,) = malmen()._rows(host, (other,), modules, {}, RUN)
+    for m in modules:
+        torch.testing.assert_close(both[1].keys[m], torch.cat([plain[1].keys[m], more.keys[m]]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(both[1].values[m], alone.values[m], rtol=1e-4, atol=1e-6)
+    assert [r.example for r in both] == list(EXAMPLES[:2])
+
+
+def test_faithful_is_what_was_published() -> None:
+    method = malmen(faithful=True, rank=3)
+    assert (method.rank, method.prior, method.lam, method.restated, method.lr, method.rate) == (1920, "I", 1.0, 0, 1e-5, 1e-5)
+    assert mend(faithful=True).rank == 1920 and mend(faithful=True).lr == 1e-6
+    with pytest.raises(InvalidExample, match="priors"):
+        malmen(prior="U")
