@@ -28,6 +28,7 @@ from errata.report import (
     cut,
     difference,
     effect_bars,
+    facts_chart,
     from_json,
     html,
     interval,
@@ -271,6 +272,18 @@ def test_the_curve_puts_alphas_on_a_line_and_marks_those_outside_the_ball() -> N
     assert "alpha 2: 100.0 % of unseen text right" in chart.text and "loss +5e−2" in chart.text
     with pytest.raises(InvalidExample, match="two values of alpha or more, got 1"):
         alpha_chart(curve[:1], curve[0][1], epsilon=1e-3)
+
+
+def test_the_number_of_facts_is_a_power_of_two_and_each_method_is_named_at_its_end() -> None:
+    curves = {"malmen": [(1, lost(1.0, 2.0)), (16, lost(0.8, 2.0)), (1024, lost(0.5, 2.0))], "mend": [(16, lost(0.25, 2.0))]}
+    chart = Page(str(facts_chart(curves)))
+    marks = [(float(c["cx"] or 0), float(c["cy"] or 0)) for c in chart.all("circle", "mark")]
+    assert len(marks) >= 3 and len(chart.all("polyline", "s0")) == len(chart.all("polyline", "s1")) == 2
+    (x0, y0), (x1, y1), (x2, y2) = marks[:3]
+    assert x1 - x0 == pytest.approx((x2 - x0) * 4 / 10, abs=0.05) and y0 < y1 < y2
+    assert (
+        "1,024" in chart.text and "malmen, 16 facts: 80.0 % of unseen text right" in chart.text and "mend, 16 facts: 25.0 %" in chart.text
+    )
 
 
 def test_labels_are_lines_of_their_own_and_refused_patches_are_hollow() -> None:
