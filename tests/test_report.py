@@ -275,7 +275,7 @@ def test_the_curve_puts_alphas_on_a_line_and_marks_those_outside_the_ball() -> N
 
 
 def test_the_number_of_facts_is_a_power_of_two_and_each_method_is_named_at_its_end() -> None:
-    curves = {"malmen": [(1, lost(1.0, 2.0)), (16, lost(0.8, 2.0)), (1024, lost(0.5, 2.0))], "mend": [(16, lost(0.25, 2.0))]}
+    curves = {"malmen": [(1, lost(1.0, 2.0)), (16, lost(0.8, 2.0)), (1024, lost(0.5, 2.0))], "mend": [(16, lost(0.2, 2.0))]}
     chart = Page(str(facts_chart(curves)))
     marks = [(float(c["cx"] or 0), float(c["cy"] or 0)) for c in chart.all("circle", "mark")]
     assert len(marks) >= 3 and len(chart.all("polyline", "s0")) == len(chart.all("polyline", "s1")) == 2
