@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/errata demo --out out/demo
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff format --check .
