@@ -53,7 +53,7 @@ def estimate(host: Host, examples: Sequence[Example], made: Method, reference: P
         "writing": said / speed["write"],
     }
 
-    trained = _trained(host, made)
+    trained = 0 if isinstance(made, Summed) else _trained(host, made)
     vocabulary = host.model.get_input_embeddings().num_embeddings
     memory = {
         "model": sum(p.numel() * p.element_size() for p in host.model.parameters()),
@@ -74,7 +74,7 @@ def estimate(host: Host, examples: Sequence[Example], made: Method, reference: P
     rows = [("time", _clock(sum(seconds.values())), ", ".join(f"{k} {_clock(s)}" for k, s in seconds.items()))]
     rows += [("memory", _size(sum(memory.values())), ", ".join(f"{k} {_size(b)}" for k, b in memory.items()))]
     rows += [("speed", f"{speed['train']:.0f} tokens/s", f"training; reading {speed['read']:.0f}, writing {speed['write']:.0f}")]
-    title = f"About {len(examples)} example(s), {steps} steps, {trained:,} numbers trained, on {host.device}"
+    title = f"About {len(examples)} example(s), {steps} step(s), {trained:,} numbers trained, on {host.device}"
     return data, table("", "about", "of which", rows=rows, title=title)
 
 
