@@ -791,9 +791,11 @@ def test_a_build_goes_on_from_the_sums_of_the_last_one(place: Place, reference: 
     before = sums.read_bytes()
     place("add", "Town 99 lies in the land of| Port Louis number 1")
     assert place(*build_).lines[0]["patch"] != first and sums.read_bytes() != before
+    place("retract", Example(prompt="Town 99 lies in the land of", target=" Port Louis number 1").id)
+    assert place(*build_, "--afresh").lines[0]["patch"] == first, "to the bit"
     sums.write_bytes(before[:-5])
     done = place(*build_)
-    assert "cut short" in done.err and "The sums are made again" in done.err and sums.read_bytes()[:-5] != before[:-5]
+    assert "cut short" in done.err and "The sums are made again" in done.err and sums.read_bytes() == before
     assert place("verify").status == 0
 
 

@@ -113,6 +113,7 @@ def build(
     seed: int = 0,
     set_: Settings = None,
     plan: Annotated[bool, typer.Option("--plan", help="Estimate time and memory, and stop.")] = False,
+    afresh: Annotated[bool, typer.Option("--afresh", help="Make sums anew: the same bits, whatever was built before.")] = False,
     at: LedgerAt = LEDGER,
     device: Device = None,
     json: Json = False,
@@ -148,7 +149,7 @@ def build(
             watched=near,
             seed=seed,
             state=ledger.latest_state(method),
-            sums=kept_sums(ledger, method, out),
+            sums=None if afresh else kept_sums(ledger, method, out),
             keep=lambda sums: ledger.put_aside(sums, f"{method}-sums"),
             progress=out.progress,
         )

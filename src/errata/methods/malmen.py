@@ -44,7 +44,7 @@ from errata.methods._meta import Lesson, Merge, Pull
 from errata.methods._normal import Plain, Prior, Whitened
 from errata.methods._restated import restated, spoken_of
 from errata.methods._values import quiet
-from errata.types import Case, Example, InvalidExample, Method, Op, Patch, Rows, Run, State
+from errata.types import Case, Example, InvalidExample, Method, Op, Patch, Rows, Run, State, forget
 
 FAITHFUL = {
     "tokens": "answer",
@@ -152,8 +152,10 @@ class Malmen(Method):
         settings. Each further round reads all examples again."""
         state, priors, read = self._known(host, run)
         plain = {m: prior for m, (prior, _) in priors.items()}
-        about = _kept.about(host, "malmen", state.id, self.config | {"held": 0, "rounds": 0, "caution": 0})
-        sums = _kept.of_examples(host, "malmen", about, examples, plain, lambda e: self.rows(host, e, run), read, run)
+        about = _kept.about(host, "malmen", state.id, self.config | {"held": 0, "caution": 0})
+        # further rounds read everything anyway: then the patch had better not depend on what was built before, not even in its last digits
+        own = run if self.rounds == 1 else replace(run, sums=None, keep=forget)
+        sums = _kept.of_examples(host, "malmen", about, examples, plain, lambda e: self.rows(host, e, run), read, own)
         still = quiet(host, examples, run, self.held)
         caution = self.caution if self.rounds > 1 else 1.0
         (ops, weights), free = self._solved(host, still, priors, sums, run, caution)
