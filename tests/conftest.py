@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import errata.models.backpack  # noqa: F401  (AutoConfig knows it from now on)
-from errata.hosts import Host, host_of, load
+from errata.hosts import AUTO, LAYOUTS, Host, host_of, load
 from errata.types import Add, Example, Patch
 
 settings.register_profile(
@@ -61,10 +61,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi3": _GROUPED,
 }
 FAMILIES = tuple(CONFIGS)
+_T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+READERS: dict[str, dict[str, Any]] = {  # those that read a text before they answer it
+    "t5": _T5,
+    "mt5": _T5 | {"feed_forward_proj": "gated-gelu"},
+    "bert": _WIDE | _MLP | {"id2label": {0: "false", 1: "true"}, "label2id": {"false": 0, "true": 1}},
+}
 
 
-def tiny_tokenizer(pieces: bool = False) -> Any:
-    """A BPE of 400 tokens trained on TEXT: byte-level as GPT-2's, or `pieces` as Llama's (a space is put in front, <s> before that)."""
+def tiny_tokenizer(pieces: bool = False, around: str | None = None) -> Any:
+    """A BPE of 400 tokens trained on TEXT: byte-level as GPT-2's, or `pieces` as Llama's (a space is put in front, <s> before that);
+    `around`: with an end mark behind a text, or at both sides of it."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -77,6 +84,8 @@ def tiny_tokenizer(pieces: bool = False) -> Any:
             vocab_size=VOCABULARY, special_tokens=["<|end|>"], initial_alphabet=alphabet, max_token_length=5, show_progress=False
         )
         tokenizer.train_from_iterator(TEXT, trainer)
+        if around:
+            tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=[("<|end|>", 0)])
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
     special = ["<unk>", "<s>", "</s>"]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -97,12 +106,13 @@ def tiny_tokenizer(pieces: bool = False) -> Any:
 
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, bos: int = 0, eos: int = 0) -> Any:
     """A random Hugging Face model: two layers, width 32, weights large enough that its logits differ from token to token."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
-    config = AutoConfig.for_model(family, **CONFIGS[family], bos_token_id=bos, eos_token_id=eos, pad_token_id=eos)
+    settings_ = (CONFIGS | READERS)[family]
+    config = transformers.AutoConfig.for_model(family, **settings_, bos_token_id=bos, eos_token_id=eos, pad_token_id=eos)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model = getattr(transformers, AUTO[LAYOUTS[family].kind]).from_config(config)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases move too, so that none of them is invisible
@@ -114,7 +124,8 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, b
 def tiny_host(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, pieces: bool = False) -> Host:
     """A new host of one family; the same seed gives the same bits. `pieces`: with the SentencePiece-like tokenizer."""
     bos, eos = (1, 2) if pieces else (0, 0)
-    return host_of(tiny_model(family, seed, dtype, bos, eos), tiny_tokenizer(pieces), f"tiny-{family}")
+    around = {"t5": "$A <|end|>", "mt5": "$A <|end|>", "bert": "<|end|> $A <|end|>"}.get(family)
+    return host_of(tiny_model(family, seed, dtype, bos, eos), tiny_tokenizer(pieces, around), f"tiny-{family}")
 
 
 def weights_of(host: Host) -> dict[str, torch.Tensor]:

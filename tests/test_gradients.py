@@ -123,10 +123,36 @@ def test_weights_times_rows_are_the_gradients_of_the_weights(host: Host) -> None
     host = tiny_host(host.name.removeprefix("tiny-"), dtype=torch.float64)
     (module,) = host.module_names((host.layout.mlp_out,), [1])
     row = hosts.chunks(host, TEXT[:1])[0]
-    ((k, v),) = _gradients.captured(host, [row], [module], lambda logp_N: -logp_N.sum()).values()
+    ((k, v),) = _gradients.captured(host, hosts.pad(host, [row]), [module], lambda logp_N: -logp_N.sum()).values()
     weight = host.model.get_parameter(f"{module}.weight")
     (grad,) = torch.autograd.grad(-hosts.scored_logprobs(host, hosts.pad(host, [row])).sum(), weight)
     torch.testing.assert_close(k.T @ v if hosts.stored_transposed(host.model.get_submodule(module)) else v.T @ k, grad)
+
+
+@pytest.mark.parametrize("family", ["t5", "mt5", "bert"])
+def test_they_are_in_every_projection_of_a_model_that_reads_before_it_answers(family: str) -> None:
+    """Taken everywhere, K^T V is dL/dW: of what reads, at all of its tokens, padding aside; of what answers, at all but the last."""
+    host = tiny_host(family, dtype=torch.float64)
+    answers = (" Rome", " the sea") if host.kind == "seq2seq" else ("true", "false")
+    batch = hosts.pad(host, [hosts.encode(host, p, a) for p, a in zip(("What is the capital of Mauritius?", "Who?"), answers, strict=True)])
+    modules = host.projections()
+    found = _gradients.captured(host, batch, modules, lambda logp_N: -logp_N.sum(), everywhere=True)
+    weights = [host.model.get_parameter(f"{m}.weight") for m in modules]
+    wanted = torch.autograd.grad(-hosts.scored_logprobs(host, batch).sum(), weights)
+    for module, grad in zip(modules, wanted, strict=True):
+        k, v = found[module]
+        torch.testing.assert_close(v.T @ k, grad, msg=module)
+        assert len(k) == int(_gradients.at(host, batch, module, True).sum())
+
+
+def test_only_the_answer_of_a_seq2seq_and_the_first_token_of_a_classifier() -> None:
+    prompt = "The capital of Mauritius is"
+    for family, answer in (("t5", " Rome"), ("bert", "true")):
+        host = tiny_host(family)
+        (rows,) = _gradients.rows(host, [Example(prompt=prompt, target=answer)], host.projections("mlp_out"), 4)
+        ids, given = hosts.encode(host, prompt, answer)
+        wanted = {"encoder": given, "decoder": len(ids) - given, "bert": 1}
+        assert {m: len(keys) for m, keys in rows.keys.items()} == {m: wanted[m.split(".")[0]] for m in rows.keys}
 
 
 def kept_for_backward(host: Host, layers: tuple[int, ...]) -> int:

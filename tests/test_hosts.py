@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONTEXT, FAMILIES, TEXT, same_bits, tiny_host, tiny_model, tiny_tokenizer, weights_of
+from conftest import CONTEXT, FAMILIES, READERS, TEXT, same_bits, tiny_host, tiny_model, tiny_tokenizer, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -36,7 +36,8 @@ from errata.hosts import (
     tokens,
     weights_id,
 )
-from errata.types import InvalidExample, UnknownArchitecture, UnknownName, WrongBase
+from errata.text import sampled
+from errata.types import Example, InvalidExample, InvalidReference, UnknownArchitecture, UnknownName, WrongBase
 
 every_family = pytest.mark.parametrize("host", FAMILIES, indirect=True)
 
@@ -59,7 +60,7 @@ def either(request: pytest.FixtureRequest) -> Host:
 
 
 def test_every_layout_has_a_tiny_host() -> None:
-    assert set(FAMILIES) == set(LAYOUTS)
+    assert {*FAMILIES, *READERS} == set(LAYOUTS)
 
 
 @every_family
@@ -103,13 +104,13 @@ def test_module_names_of_chosen_layers(tiny_gpt2: Host) -> None:
 
 
 def test_an_unknown_architecture_lists_the_known_ones() -> None:
-    from transformers import BertConfig, BertLMHeadModel
+    from transformers import BertConfig, BertLMHeadModel, ElectraConfig, ElectraForMaskedLM
 
-    model = BertLMHeadModel(
-        BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, is_decoder=True)
-    )
-    with pytest.raises(UnknownArchitecture, match="'bert'.*gemma, gpt2, .*qwen3.*one row in LAYOUTS"):
-        host_of(model, tiny_tokenizer())
+    small = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    with pytest.raises(UnknownArchitecture, match="'electra'.*gemma, gpt2, .*qwen3.*one row in LAYOUTS"):
+        host_of(ElectraForMaskedLM(ElectraConfig(embedding_size=32, **small)), tiny_tokenizer())
+    with pytest.raises(UnknownArchitecture, match="BertLMHeadModel is a 'bert' without .*AutoModelForSequenceClassification"):
+        host_of(BertLMHeadModel(BertConfig(is_decoder=True, **small)), tiny_tokenizer())
 
 
 # --------------------------------------------------------------------------------------------------------------------- id and loading
@@ -596,3 +597,79 @@ def test_the_furthest_share_where_nothing_is_inside_or_the_end_is_not_a_number()
     assert hosts.furthest(*shares(lambda s: 1.0)[:3], 1e-3) == 0.0
     assert 0 < hosts.furthest(*shares(lambda s: math.nan if s > 0.3 else 0.0)[:3], 1e-3) <= 0.3
     assert 0.4 < hosts.furthest(*shares(lambda s: 0.0, lambda s: s < 0.5)[:3], 1e-3) < 0.5  # what it costs is not what bars it
+
+
+# ----------------------------------------------------------------------------------------------- models that read before they answer
+
+ASKED = [("What is the capital of Mauritius?", " Port Louis"), ("Who?", " Lily"), ("Where does the Seine flow, and the Tiber?", " Rome")]
+
+
+@pytest.mark.parametrize("family", ["t5", "mt5"])
+def test_a_seq2seq_is_scored_as_its_own_loss_and_padding_changes_nothing(family: str) -> None:
+    host = tiny_host(family)
+    together_N2 = hosts.logprobs(host, ASKED)
+    for (prompt, answer), (logp, n) in zip(ASKED, together_N2.tolist(), strict=True):
+        labels = torch.tensor([[*host.tokenizer(answer, add_special_tokens=False)["input_ids"], host.tokenizer.eos_token_id]])
+        with torch.no_grad():
+            loss = host.model(input_ids=torch.tensor([host.tokenizer(prompt)["input_ids"]]), labels=labels).loss
+        assert n == labels.shape[1] and logp == pytest.approx(-float(loss) * n, rel=1e-4)
+
+
+def test_a_seq2seq_says_what_is_likeliest_step_by_step() -> None:
+    host = tiny_host("t5")
+    prompts = [p for p, _ in ASKED]
+    for prompt, said in zip(prompts, hosts.greedy(host, prompts, max_new_tokens=4), strict=True):
+        ids: list[int] = []
+        read = hosts.tokens(host, prompt)
+        for _ in range(4):
+            batch = hosts.pad(host, [([*read, *ids, 0], len(read))])
+            ids.append(int(hosts.logits(host, batch)[0, len(ids)].argmax()))
+            if ids[-1] == host.tokenizer.eos_token_id:
+                break
+        assert host.tokenizer.decode(ids, skip_special_tokens=True) == said
+    assert hosts.sample(host, prompts, 4, seed=1) == hosts.sample(host, prompts, 4, seed=1) != hosts.sample(host, prompts, 4, seed=2)
+
+
+def test_a_classifier_says_its_labels() -> None:
+    host = tiny_host("bert")
+    prompts = [p for p, _ in ASKED]
+    logp_N2 = torch.stack([hosts.logprobs(host, [(p, label) for p in prompts])[:, 0] for label in ("false", "true")], dim=1)
+    torch.testing.assert_close(logp_N2.exp().sum(1), torch.ones(3, dtype=torch.float64))
+    assert hosts.greedy(host, prompts) == [("false", "true")[i] for i in logp_N2.argmax(1).tolist()]
+    alone = host.model(**host.tokenizer(prompts[1], return_tensors="pt")).logits.log_softmax(-1)[0]
+    torch.testing.assert_close(logp_N2[1], alone.double(), rtol=1e-4, atol=1e-5)
+    drawn = hosts.sample(host, prompts * 100, 1, seed=0)
+    assert abs(drawn[::3].count("true") / 100 - float(logp_N2[0, 1].exp())) < 0.2
+    assert hosts.fixes(host, [Example(prompt=prompts[0], target=hosts.greedy(host, prompts[:1])[0])]) == [True]
+    with pytest.raises(InvalidExample, match="'perhaps' is no label of tiny-bert; it has false, true"):
+        hosts.encode(host, "Who?", "perhaps")
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_their_reference_text_has_a_bar(family: str) -> None:
+    host = tiny_host(family)
+    answer = " Rome" if family == "t5" else "true"
+    ((ids, given),) = hosts.chunks(host, [f"Who?|{answer}"])
+    assert (ids, given) == hosts.encode(host, "Who?", answer)
+    with pytest.raises(InvalidReference, match="'Rome lies on the Tiber.' has no answer. Write each as prompt|answer"):
+        hosts.chunks(host, ["Rome lies on the Tiber."])
+    with pytest.raises(InvalidReference, match="name a reference text"):
+        sampled(host)
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_they_are_loaded_as_what_they_are(family: str, tmp_path: Path) -> None:
+    host = tiny_host(family)
+    host.model.save_pretrained(tmp_path)
+    host.tokenizer.save_pretrained(tmp_path)
+    read = load(str(tmp_path), device="cpu")
+    assert (read.id, read.kind) == (host.id, host.kind) and len(read.projections()) == len(set(read.projections()))
+    assert all(read.model.get_submodule(name).weight.ndim == 2 for name in read.projections())
+
+
+def test_a_bert_without_its_classifier_is_refused(tmp_path: Path) -> None:
+    host = tiny_host("bert")
+    host.model.bert.save_pretrained(tmp_path)
+    host.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UnknownName, match="weights are not in the files, among them classifier"):
+        load(str(tmp_path), device="cpu")

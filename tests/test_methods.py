@@ -5,6 +5,7 @@ A new method is one row in ROWS: how to make it small and quick. What it cannot 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from conftest import FAMILIES, TEXT, same_bits, tiny_host, weights_of
 from torch import Tensor
 
-from errata import apply, artefact, build, gate, hosts, text
+from errata import apply, artefact, build, export, gate, hosts, text
 from errata.hosts import Host
 from errata.lab import tasks
 from errata.ledger import Ledger
@@ -427,3 +428,53 @@ def test_a_method_of_one_family_refuses_the_others_with_a_sentence(row: Row, fam
     with pytest.raises(UnknownArchitecture, match=f"tiny-{family} is no Backpack"):
         row.make().edit(host, EXAMPLES, RUN)
     assert same_bits(host, before)
+
+
+# ----------------------------------------------------------------------------------------------- models that read before they answer
+
+READERS = ("t5", "mt5", "bert")
+READING = {"finetune", "lora", "malmen", "mend", "one_layer_interpolation", "ultraedit"}
+ANSWERED = tuple(f"{text_[:30].strip()} {i}|{' Rome' if i % 3 else ' the sea'}" for i, text_ in enumerate(TEXT * 4))
+JUDGED = tuple(f"{text_[:30].strip()} {i}|{'true' if i % 3 else 'false'}" for i, text_ in enumerate(TEXT * 4))
+
+
+def told(e: Example, host: Host) -> Example:
+    """The example as such a host can be told: a classifier gets the label that it finds less likely."""
+    if host.kind == "seq2seq":
+        return e
+    return replace(e, target=min(("true", "false"), key=lambda label: likelihood(host, replace(e, target=label))))
+
+
+@rows
+@pytest.mark.parametrize("family", READERS)
+def test_models_that_read_before_they_answer_are_edited_or_refused(row: Row, family: str, tmp_path: Path) -> None:
+    host = tiny_host(family)
+    before, run = weights_of(host), replace(RUN, hold=ANSWERED if host.kind == "seq2seq" else JUDGED)
+    examples = tuple(told(e, host) for e in EXAMPLES)
+    method: Method = make(row.method, **row.settings)
+    if row.method not in READING:
+        with pytest.raises(UnknownArchitecture, match=f"tiny-{family} is"):
+            method.edit(host, examples, run)
+        assert same_bits(host, before)
+        return
+    if row.learns:
+        cases = [replace(c, example=(e := told(c.example, host)), old=None if e.target != c.example.target else c.old) for c in CASES]
+        run = replace(run, state=method.prepare(host, cases, run))
+    was = [likelihood(host, e) for e in examples]
+    patch = method.edit(host, examples, run)
+    assert same_bits(host, before) and patch.id == method.edit(host, examples, run).id
+    with apply.applied(host, patch):
+        now = [likelihood(host, e) for e in examples]
+    assert sum(now) > sum(was) and same_bits(host, before)
+    # the gate rules on it, an export answers alike, and a file of it is itself
+    patch, verdict = gate.fit(host, patch, Budget(epsilon=0.2, fixed=0.0), gate.baseline(host, run.hold))
+    assert verdict.upper <= 0.2 and verdict.tokens > 0
+    artefact.save(patch, tmp_path / "p.safetensors")
+    assert artefact.load_patch(tmp_path / "p.safetensors").id == patch.id
+    assert export.export(host, patch, tmp_path / "whole").difference < 1e-3
+
+
+def test_some_of_both_stacks_is_edited() -> None:
+    host = tiny_host("t5")
+    weights = {op.weight for op in make("lora", **SMALL).edit(host, EXAMPLES, replace(RUN, hold=ANSWERED)).ops}
+    assert {w.split(".")[0] for w in weights} == {"encoder", "decoder"}

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -73,13 +73,13 @@ def export(host: Host, patch: Patch, folder: str | Path, form: str = "model") ->
     apply.check(host, patch)
     batch = _question(host, patch)
     with apply.applied(host, patch):
-        wanted_NTV = _logits(host.model, batch)
+        wanted_NTV = _logits(host, batch)
     draft = folder.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
     try:
         write: Callable[[Host, Patch, Path], Any] = {"model": _merged, "peft": _adapter}[form]
         draft.mkdir(parents=True)
         read_back = write(host, patch, draft)
-        difference = _gap(wanted_NTV, _logits(read_back, batch))
+        difference = _gap(wanted_NTV, _logits(replace(host, model=read_back), batch))
         if not difference <= TOLERANCE.get(host.model.dtype, 1e-3):  # `not <=`: NaN is a difference
             raise LedgerError(
                 f"The exported folder does not answer as {host.name} under patch {patch.id} does: its logits differ by {difference:.2g} of "
@@ -102,18 +102,14 @@ def export(host: Host, patch: Patch, folder: str | Path, form: str = "model") ->
 def _question(host: Host, patch: Patch) -> Batch:
     """The patch's own examples, and tokens from all over the vocabulary."""
     rows = [hosts.encode(host, e.prompt, e.target) for e in patch.examples[:16]]
-    draw = torch.Generator().manual_seed(0)
-    length = min(64, host.context)
-    vocabulary = host.model.get_input_embeddings().num_embeddings
-    rows += [(torch.randint(vocabulary, (length,), generator=draw).tolist(), 1) for _ in range(4)]
-    return hosts.pad(host, rows)
+    return hosts.pad(host, rows + hosts.random_rows(host, 4, min(64, host.context)))
 
 
 @torch.no_grad()
-def _logits(model: Any, batch: Batch) -> Float[Tensor, "R V"]:
+def _logits(host: Host, batch: Batch) -> Float[Tensor, "R V"]:
     """(R, V) float32 logits at the R places of `batch` that are no padding."""
-    logits_NTV = model(input_ids=batch.ids_NT, attention_mask=batch.mask_NT, use_cache=False).logits
-    chosen: Tensor = logits_NTV[batch.mask_NT.bool()].float()
+    logits_NTV = hosts.logits(host, batch)
+    chosen: Tensor = logits_NTV[batch.mask_NT[:, : logits_NTV.shape[1]].bool()].float()
     return chosen
 
 

@@ -3,34 +3,58 @@
 `LAYOUTS` holds one row for each model family. Which row is meant is read from the architecture (`config.model_type`), never from the
 name of a path. Nothing here changes a weight: `apply.py` does.
 
-File legend: N texts or pairs, T tokens, V vocabulary.
+Three kinds of host, asked in the same words, a prompt and what should follow it:
+    causal       goes on with a text           row: ids of prompt + target
+    seq2seq      answers what it has read      row: ids that the encoder reads + ids that the decoder should say, with the end mark
+    classifier   gives it one of its labels    row: ids that it reads + the label's number
+A row is (ids, how many of them are given). A document of the latter two is `prompt|target`, as an example is written.
+
+File legend: N texts or pairs, S tokens that an encoder reads, T tokens, V vocabulary (of a classifier: its labels).
 """
 
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from errata.types import Example, InvalidExample, Patch, Senses, UnknownArchitecture, UnknownName, WrongBase, digest, tensor_bytes
+from errata.types import (
+    Example,
+    InvalidExample,
+    InvalidReference,
+    Patch,
+    Senses,
+    UnknownArchitecture,
+    UnknownName,
+    WrongBase,
+    digest,
+    tensor_bytes,
+)
 
 # --------------------------------------------------------------------------------------------------------------------------- layouts
+
+
+Kind = Literal["causal", "seq2seq", "classifier"]
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where a family keeps its parts. Names of block parts are relative to one block; several names mean unfused projections.
+    """Where a family keeps its parts. Names of block parts are relative to one block; several names mean unfused projections, and those
+    that a model of the family does not have are left out of its host's layout.
 
-    `senses` is the table of shifted sense vectors, which only a Backpack has.
+    `encoder` is the stack of blocks that reads before this one speaks, `across` what reads its output here. `senses` is the table of
+    shifted sense vectors, which only a Backpack has.
     """
+
+    kind: Kind = "causal"
 
     blocks: str
     attention_in: tuple[str, ...]
@@ -41,6 +65,8 @@ class Layout:
     embedding: str
     head: str
     senses: str | None = None
+    encoder: "Layout | None" = None
+    across: tuple[str, ...] = ()
 
 
 def _llama_like(
@@ -58,7 +84,36 @@ def _llama_like(
     )
 
 
+def _t5_stack(stack: str, mlp: int, encoder: Layout | None = None) -> Layout:
+    across = () if encoder is None else tuple(f"layer.1.EncDecAttention.{n}" for n in "qkvo")
+    return Layout(
+        kind="seq2seq",
+        blocks=f"{stack}.block",
+        attention_in=(*(f"layer.0.SelfAttention.{n}" for n in "qkv"), *across),
+        attention_out="layer.0.SelfAttention.o",
+        mlp_in=tuple(f"layer.{mlp}.DenseReluDense.{n}" for n in ("wi", "wi_0", "wi_1")),  # one, or two that are multiplied
+        mlp_out=f"layer.{mlp}.DenseReluDense.wo",
+        norm=f"{stack}.final_layer_norm",
+        embedding="shared",
+        head="lm_head",
+        encoder=encoder,
+        across=across[1:3],
+    )
+
+
+_BERT = Layout(
+    kind="classifier",
+    blocks="bert.encoder.layer",
+    attention_in=("attention.self.query", "attention.self.key", "attention.self.value"),
+    attention_out="attention.output.dense",
+    mlp_in=("intermediate.dense",),
+    mlp_out="output.dense",
+    norm="bert.embeddings.LayerNorm",  # the last block has its own
+    embedding="bert.embeddings.word_embeddings",
+    head="classifier",
+)
 _LLAMA = _llama_like()
+_T5 = _t5_stack("decoder", 2, encoder=_t5_stack("encoder", 1))
 LAYOUTS: dict[str, Layout] = {
     "backpack": Layout(  # its trunk; the sense network beside it has no blocks
         blocks="backpack.gpt2_model.h",
@@ -71,6 +126,7 @@ LAYOUTS: dict[str, Layout] = {
         head="lm_head",
         senses="backpack.overrides",
     ),
+    "bert": _BERT,
     "gpt2": Layout(
         blocks="transformer.h",
         attention_in=("attn.c_attn",),
@@ -137,7 +193,23 @@ LAYOUTS: dict[str, Layout] = {
         head="lm_head",
     ),
     "phi3": _llama_like(attention_in=("qkv_proj",), mlp_in=("gate_up_proj",)),
+    "mt5": _T5,
+    "t5": _T5,
 }
+
+
+def _present(row: Layout, model: nn.Module) -> Layout:
+    """The row without the projections that this model does not have."""
+    first = model.get_submodule(f"{row.blocks}.0")
+    there = {name for name, _ in first.named_modules()}
+    encoder = row.encoder and _present(row.encoder, model)
+    return replace(row, mlp_in=tuple(n for n in row.mlp_in if n in there), encoder=encoder)
+
+
+def require_causal(host: "Host", what: str) -> None:
+    """Raises UnknownArchitecture for a host that does not go on with a text."""
+    if host.kind != "causal":
+        raise UnknownArchitecture(f"{what} works on models that go on with a text; {host.name} is a {host.kind}. Take another method.")
 
 
 def senses_of(host: "Host") -> str:
@@ -176,7 +248,7 @@ class Worn:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Host:
-    """A causal language model with its tokenizer. Make one with `load` or `host_of`.
+    """A language model, or a classifier of texts, with its tokenizer. Make one with `load` or `host_of`.
 
     `id` is the hash of the weights as loaded, and the patch's id while a patch is on. `worn` is the stack of patches that are on;
     only `apply.py` writes it. `beside` are small models of ensembles, by the names that patches call them (see `beside`).
@@ -193,6 +265,10 @@ class Host:
     @property
     def id(self) -> str:
         return self.worn[-1].patch.id if self.worn else self.base_id
+
+    @property
+    def kind(self) -> Kind:
+        return self.layout.kind
 
     @property
     def device(self) -> torch.device:
@@ -212,10 +288,20 @@ class Host:
         """Full names of block parts, e.g. `module_names(host.layout.mlp_in)`, in all blocks or those listed."""
         return [f"{self.layout.blocks}.{i}.{part}" for i in (range(self.blocks) if layers is None else layers) for part in parts]
 
-    def projections(self) -> list[str]:
-        """Full names of every attention and MLP projection."""
-        parts = (*self.layout.attention_in, self.layout.attention_out, *self.layout.mlp_in, self.layout.mlp_out)
-        return self.module_names(parts)
+    def stacks(self) -> list[tuple[Layout, int]]:
+        """(layout, number of blocks) of each stack, in the order in which a text goes through them."""
+        row = self.layout
+        return [(s, len(self.model.get_submodule(s.blocks))) for s in ([row.encoder] if row.encoder else []) + [row]]
+
+    def projections(self, *which: str) -> list[str]:
+        """Full names of the attention and MLP projections of every block; `which` picks some of a layout's fields."""
+        fields = which or ("attention_in", "attention_out", "mlp_in", "mlp_out")
+        out = []
+        for row, blocks in self.stacks():
+            found = [getattr(row, name) for name in fields]
+            parts = [part for names in found for part in ([names] if isinstance(names, str) else names)]
+            out += [f"{row.blocks}.{i}.{part}" for i in range(blocks) for part in parts]
+        return out
 
 
 def weights_id(model: nn.Module) -> str:
@@ -231,6 +317,13 @@ def weights_id(model: nn.Module) -> str:
     return digest(*parts)
 
 
+AUTO = {
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classifier": "AutoModelForSequenceClassification",
+}
+
+
 def host_of(model: Any, tokenizer: Any, name: str = "") -> Host:
     """Host around a Hugging Face model that is in memory already. Dropout is switched off (`eval`).
 
@@ -242,10 +335,19 @@ def host_of(model: Any, tokenizer: Any, name: str = "") -> Host:
             f"No layout for the architecture '{kind}'. Known: {', '.join(sorted(LAYOUTS))}. "
             f"To add it, write one row in LAYOUTS in errata/hosts.py that names its blocks, projections, norm, embedding and head."
         )
+    if LAYOUTS[kind].kind == "classifier" and getattr(model.config, "problem_type", None) == "multi_label_classification":
+        raise UnknownArchitecture(f"{name or kind} gives a text several labels at once; only models that give it one can be edited.")
+    try:
+        layout = _present(LAYOUTS[kind], model)
+        model.get_submodule(layout.head)
+    except AttributeError as e:
+        raise UnknownArchitecture(
+            f"{type(model).__name__} is a '{kind}' without what is edited there ({e}). Load it with {AUTO[LAYOUTS[kind].kind]}."
+        ) from e
     model.eval()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return Host(model=model, tokenizer=tokenizer, base_id=weights_id(model), layout=LAYOUTS[kind], name=name or kind)
+    return Host(model=model, tokenizer=tokenizer, base_id=weights_id(model), layout=layout, name=name or kind)
 
 
 def find_device(device: str | None = None) -> torch.device:
@@ -263,11 +365,12 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
 
     Raises UnknownName if there is no such model, UnknownArchitecture if there is no layout for it, WrongBase if a weight is not finite.
     """
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
-    from errata.models.backpack import CheckpointError  # (the import makes the architecture known to AutoModelForCausalLM)
+    from errata.models.backpack import CheckpointError  # (the import makes the architecture known to transformers)
 
     path = name
     if name.startswith("lab/"):
@@ -279,14 +382,16 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
     logging.disable_progress_bar()  # ours are drawn at the edge
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model, read = AutoModelForCausalLM.from_pretrained(
+        family = AutoConfig.from_pretrained(path).model_type
+        auto = getattr(transformers, AUTO[LAYOUTS[family].kind if family in LAYOUTS else "causal"])
+        model, read = auto.from_pretrained(
             path, dtype=dtype or (torch.float32 if place.type == "cpu" else "auto"), output_loading_info=True
         )
     except CheckpointError as e:
         raise UnknownName(f"Cannot load '{name}': {e}") from e
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:  # RuntimeError: shapes that the config does not give
         if "model type" in str(e) or "Unrecognized configuration" in str(e):
-            raise UnknownArchitecture(f"'{name}' is not a causal language model that transformers can load: {e}") from e
+            raise UnknownArchitecture(f"'{name}' is not a language model that transformers can load: {e}") from e
         where = (
             "an existing folder without a whole model in it" if Path(path).is_dir() else "no folder here, and no model that the hub gave"
         )
@@ -328,7 +433,9 @@ def _known(vocabulary: dict[int, str], i: int) -> str:
 
 def tokens(host: Host, text: str) -> list[int]:
     """Ids of `text` with the special tokens that the tokenizer puts in front by default. Those it puts behind (</s>) would end the
-    text before its continuation, so they are left out."""
+    text before its continuation, so they are left out, unless the text is read whole before the answer."""
+    if host.kind != "causal":
+        return list(host.tokenizer(text)["input_ids"])
     given = host.tokenizer(text, return_special_tokens_mask=True)
     ids, added = list(given["input_ids"]), list(given["special_tokens_mask"])
     end = max((i + 1 for i, special in enumerate(added) if not special), default=min(1, len(ids)))
@@ -363,8 +470,11 @@ def encode(host: Host, prompt: str, target: str) -> tuple[list[int], int]:
 
     The prompt keeps the tokens that it has alone, for that is how it is asked. Where the tokenizer would merge across the border, or
     would put a space before a separate target (SentencePiece), the target's ids are found as what must follow for the text to come out.
-    Raises InvalidExample if nothing is left of the target, or if it does not fit the context.
+    A seq2seq's target begins where its decoder does and ends with the end mark; a classifier's is one of its labels.
+    Raises InvalidExample if nothing is left of the target, if it is no label, or if it does not fit the context.
     """
+    if host.kind != "causal":
+        return _read_and_said(host, prompt, target)
     prompt_ids, whole = tokens(host, prompt), tokens(host, prompt + target)
     n = len(prompt_ids)
     if whole[:n] != prompt_ids:
@@ -378,24 +488,56 @@ def encode(host: Host, prompt: str, target: str) -> tuple[list[int], int]:
     return whole, n
 
 
+def labels(host: Host) -> list[str]:
+    """What a classifier may say, in the order of its logits."""
+    named = host.model.config.id2label
+    return [str(named[i]) for i in range(len(named))]
+
+
+def _read_and_said(host: Host, prompt: str, target: str) -> tuple[list[int], int]:
+    read = tokens(host, prompt)
+    if host.kind == "classifier":
+        known = labels(host)
+        if target.strip() not in known:
+            raise InvalidExample(f"'{target.strip()}' is no label of {host.name}; it has {', '.join(known)}.")
+        said = [known.index(target.strip())]
+    else:
+        said = list(host.tokenizer(text_target=target, add_special_tokens=False)["input_ids"])
+        if not said:
+            raise InvalidExample(f"The target '{target}' of '{prompt}' becomes no token in the tokenizer of {host.name}.")
+        said.append(host.tokenizer.eos_token_id)
+    if not read or max(len(read), len(said)) > host.context:
+        size = f"becomes {len(read)} tokens; {host.name} reads 1 to {host.context}"
+        raise InvalidExample(f"'{prompt[:60]}' {size}, and answers in as many. Give another prompt.")
+    return read + said, len(read)
+
+
 Weights = dict[str, Tensor]  # values of parameters, by name
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Right-padded sequences. `scored_NT` marks the tokens whose log-probability counts; position 0 never does."""
+    """Right-padded sequences. `scored_NT` marks the tokens whose log-probability counts; position 0 never does.
+
+    Where a text is read before it is answered, (N, S) is the text, and (N, T) is the decoder's start mark, or a filling, and the answer.
+    """
 
     ids_NT: Int[Tensor, "N T"]
     mask_NT: Int[Tensor, "N T"]
     scored_NT: Float[Tensor, "N T"]
+    read_NS: Int[Tensor, "N S"] | None = None
+    seen_NS: Int[Tensor, "N S"] | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(ids_NT=self.ids_NT.to(device), mask_NT=self.mask_NT.to(device), scored_NT=self.scored_NT.to(device))
+        given = ((name, getattr(self, name)) for name in self.__dataclass_fields__)
+        return Batch(**{name: t.to(device) for name, t in given if t is not None})
 
 
 def pad(host: Host, rows: Sequence[tuple[list[int], int]]) -> Batch:
     """One batch of (ids, how many of them are given): the rest is scored. Right padding under a causal mask changes nothing."""
+    if host.kind != "causal":
+        return _pad_both(host, rows)
     width = max(len(ids) for ids, _ in rows)
     ids_NT = torch.full((len(rows), width), host.tokenizer.pad_token_id, dtype=torch.long)
     mask_NT, scored_NT = torch.zeros_like(ids_NT), torch.zeros(ids_NT.shape)
@@ -406,12 +548,50 @@ def pad(host: Host, rows: Sequence[tuple[list[int], int]]) -> Batch:
     return Batch(ids_NT=ids_NT, mask_NT=mask_NT, scored_NT=scored_NT).to(host.device)
 
 
+def _pad_both(host: Host, rows: Sequence[tuple[list[int], int]]) -> Batch:
+    start = host.model.config.decoder_start_token_id if host.kind == "seq2seq" else 0
+    said = pad_right([[start, *ids[given:]] for ids, given in rows], host.tokenizer.pad_token_id)
+    mask_NT = pad_right([[1] * (1 + len(ids) - given) for ids, given in rows])
+    scored_NT = mask_NT.float()
+    scored_NT[:, 0] = 0
+    read = pad_right([ids[:given] for ids, given in rows], host.tokenizer.pad_token_id)
+    seen = pad_right([[1] * given for _, given in rows])
+    return Batch(ids_NT=said, mask_NT=mask_NT, scored_NT=scored_NT, read_NS=read, seen_NS=seen).to(host.device)
+
+
+def pad_right(rows: Sequence[list[int]], fill: int = 0) -> Int[Tensor, "N T"]:
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
+
+
+def unscored(batch: Batch) -> Batch:
+    """The same texts with nothing for the head to do."""
+    return replace(batch, scored_NT=torch.zeros_like(batch.scored_NT))
+
+
+def reads(host: Host, module: str) -> bool:
+    """Whether the module's inputs are those of a text that is answered later."""
+    encoder, across = host.layout.encoder, tuple(f".{part}" for part in host.layout.across)
+    return host.kind == "classifier" or (encoder is not None and (module.startswith(f"{encoder.blocks}.") or module.endswith(across)))
+
+
+def places(host: Host, batch: Batch, module: str) -> Bool[Tensor, "N T"]:
+    """(N, T) which of a module's positions are tokens, no padding; (N, S) if it `reads`."""
+    mask = batch.seen_NS if reads(host, module) else batch.mask_NT
+    assert mask is not None, "such a host reads before it answers"
+    return mask.bool()
+
+
 def logits(host: Host, batch: Batch, weights: Weights | None = None) -> Float[Tensor, "N T V"]:
-    """(N, T, V) next-token logits; with `weights`, as if those parameters had these values. The model itself is not touched."""
-    given = {"input_ids": batch.ids_NT, "attention_mask": batch.mask_NT, "use_cache": False}
+    """(N, T, V) next-token logits, (N, 1, V) of labels; with `weights`, as if those parameters had these values. The model itself is not
+    touched."""
+    given: dict[str, Any] = {"input_ids": batch.ids_NT, "attention_mask": batch.mask_NT, "use_cache": False}
+    if host.kind != "causal":
+        given = {"input_ids": batch.read_NS, "attention_mask": batch.seen_NS}
+    if host.kind == "seq2seq":
+        given |= {"decoder_input_ids": batch.ids_NT, "decoder_attention_mask": batch.mask_NT, "use_cache": False}
     said = host.model(**given) if weights is None else torch.func.functional_call(host.model, weights, args=(), kwargs=given)
     logits_NTV: Tensor = said.logits
-    return logits_NTV
+    return logits_NTV.unsqueeze(1) if host.kind == "classifier" else logits_NTV
 
 
 def predictions(host: Host, batch: Batch, weights: Weights | None = None) -> Float[Tensor, "P V"]:
@@ -420,6 +600,9 @@ def predictions(host: Host, batch: Batch, weights: Weights | None = None) -> Flo
     The head runs at those positions only: with a large vocabulary it is most of the work, and a prompt has nothing to score.
     """
     scored_NT = batch.scored_NT.bool()
+    if host.kind == "classifier":  # its head is small, and sees what was pooled of a text
+        labels_NV = logits(host, batch, weights)[:, 0][scored_NT[:, 1]]
+        return labels_NV.to(torch.promote_types(labels_NV.dtype, torch.float32))
 
     def pick(_head: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (given[0][:, :-1][scored_NT[:, 1:]].unsqueeze(0), *given[1:])
@@ -437,6 +620,16 @@ def scored_logprobs(host: Host, batch: Batch, weights: Weights | None = None) ->
     where_NT = batch.scored_NT.bool()
     logp_P = torch.log_softmax(predictions(host, batch, weights), dim=-1).gather(-1, batch.ids_NT[where_NT].unsqueeze(1)).squeeze(1)
     return torch.zeros_like(batch.scored_NT, dtype=logp_P.dtype).masked_scatter(where_NT, logp_P)
+
+
+def random_rows(host: Host, n: int, width: int) -> list[tuple[list[int], int]]:
+    """Rows of `width` tokens from all over the vocabulary, always the same; where they are read first, with something said to them."""
+    draw, vocabulary = torch.Generator().manual_seed(0), host.model.get_input_embeddings().num_embeddings
+    read = [torch.randint(vocabulary, (width,), generator=draw).tolist() for _ in range(n)]
+    if host.kind == "causal":
+        return [(ids, 1) for ids in read]
+    said = [0] if host.kind == "classifier" else torch.randint(vocabulary, (width // 4 + 1,), generator=draw).tolist()
+    return [(ids + said, width) for ids in read]
 
 
 def by_length(rows: Sequence[tuple[list[int], int]], max_tokens: int) -> Iterator[list[int]]:
@@ -484,10 +677,25 @@ def logprobs(host: Host, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, "N 2
 
 
 def chunks(host: Host, texts: Sequence[str], size: int = 128) -> list[tuple[list[int], int]]:
-    """Rows for `score`: every document cut into pieces of at most `size` tokens; pieces of one token have nothing to score."""
+    """Rows for `score`: every document cut into pieces of at most `size` tokens; pieces of one token have nothing to score.
+
+    Where a text is read before it is answered, a document is a prompt and its answer, in one piece. Raises InvalidReference for others.
+    """
+    if host.kind != "causal":
+        return [_document(host, t) for t in texts]
     size = min(size, host.context)
     pieces = [ids[i : i + size] for ids in (tokens(host, t) for t in texts) for i in range(0, len(ids), size)]
     return [(piece, 1) for piece in pieces if len(piece) > 1]
+
+
+def _document(host: Host, document: str) -> tuple[list[int], int]:
+    prompt, bar, answer = document.rpartition("|")
+    if not bar:
+        raise InvalidReference(f"{host.name} reads a text and answers it: '{document[:60]}' has no answer. Write each as prompt|answer.")
+    try:
+        return encode(host, prompt, answer)
+    except InvalidExample as e:
+        raise InvalidReference(f"The reference text does not serve: {e}") from e
 
 
 @contextmanager
@@ -498,7 +706,10 @@ def _plain_decoding(model: Any) -> Iterator[None]:
 
     taste = model.generation_config
     model.generation_config = GenerationConfig(
-        bos_token_id=taste.bos_token_id, eos_token_id=taste.eos_token_id, pad_token_id=taste.pad_token_id
+        bos_token_id=taste.bos_token_id,
+        eos_token_id=taste.eos_token_id,
+        pad_token_id=taste.pad_token_id,
+        decoder_start_token_id=taste.decoder_start_token_id,
     )
     try:
         yield
@@ -513,7 +724,8 @@ def _generate(host: Host, prompts: Sequence[str], max_new_tokens: int, batch_siz
     order = sorted(range(len(prompts)), key=lambda i: len(given[i]))
     if order and not given[order[0]]:
         raise InvalidExample(f"The prompt '{prompts[order[0]]}' becomes no token in the tokenizer of {host.name}.")
-    if order and (longest := len(given[order[-1]])) + max_new_tokens > host.context:
+    room = max_new_tokens if host.kind == "causal" else 0
+    if order and (longest := len(given[order[-1]])) + room > host.context:
         raise InvalidExample(f"A prompt of {longest} tokens and {max_new_tokens} new ones do not fit the {host.context} of {host.name}.")
 
     def text_of(ids: list[int]) -> str:
@@ -521,6 +733,11 @@ def _generate(host: Host, prompts: Sequence[str], max_new_tokens: int, batch_siz
 
     for start in range(0, len(order), batch_size):
         group = order[start : start + batch_size]
+        if host.kind != "causal":
+            read = [given[i] for i in group]
+            for i, text in zip(group, _answers(host, read, max_new_tokens, **how), strict=True):
+                out[i] = text
+            continue
         width = max(len(given[i]) for i in group)
         ids_NT = torch.full((len(group), width), host.tokenizer.pad_token_id, dtype=torch.long)
         mask_NT = torch.zeros_like(ids_NT)
@@ -541,8 +758,23 @@ def _generate(host: Host, prompts: Sequence[str], max_new_tokens: int, batch_siz
     return out
 
 
+def _answers(host: Host, read: Sequence[list[int]], max_new_tokens: int, **how: Any) -> list[str]:
+    """What is said to texts that are read first: whole answers, or labels."""
+    read_NS, seen_NS = pad_right(read, host.tokenizer.pad_token_id).to(host.device), pad_right([[1] * len(r) for r in read]).to(host.device)
+    if host.kind == "classifier":
+        labels_NV = host.model(input_ids=read_NS, attention_mask=seen_NS).logits.float()
+        drawn_N = torch.multinomial(labels_NV.softmax(-1), 1)[:, 0] if how["do_sample"] else labels_NV.argmax(-1)
+        return [labels(host)[i] for i in drawn_N.tolist()]
+    with _plain_decoding(host.model):
+        said_NT = host.model.generate(
+            input_ids=read_NS, attention_mask=seen_NS, max_new_tokens=max_new_tokens, pad_token_id=host.tokenizer.pad_token_id, **how
+        )
+    return [host.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in said_NT[:, 1:].tolist()]
+
+
 def greedy(host: Host, prompts: Sequence[str], max_new_tokens: int = 12, batch_size: int = 64) -> list[str]:
-    """Free greedy continuation of each prompt, without the prompt. Raises InvalidExample if a prompt does not fit the context."""
+    """Free greedy continuation of each prompt, without the prompt: an answer, or a label. Raises InvalidExample if a prompt does not fit
+    the context."""
     return _generate(host, prompts, max_new_tokens, batch_size, do_sample=False)
 
 

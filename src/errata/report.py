@@ -131,10 +131,12 @@ def _column(layer: str) -> float:
 
 def _place(host: Host, weight: str) -> tuple[str, str]:
     layout = host.layout
-    if weight.startswith(f"{layout.blocks}."):
-        block, _, rest = weight.removeprefix(f"{layout.blocks}.").partition(".")
-        parts = {"attention": (*layout.attention_in, layout.attention_out), "mlp": (*layout.mlp_in, layout.mlp_out)}
-        return block, next((part for part, names in parts.items() if rest.startswith(tuple(f"{n}." for n in names))), "norm")
+    for row, _ in host.stacks():
+        if weight.startswith(f"{row.blocks}."):
+            block, _, rest = weight.removeprefix(f"{row.blocks}.").partition(".")
+            parts = {"attention": (*row.attention_in, row.attention_out), "mlp": (*row.mlp_in, row.mlp_out)}
+            kind = next((part for part, names in parts.items() if rest.startswith(tuple(f"{n}." for n in names))), "norm")
+            return block, kind if row is layout else f"encoder's {kind}"
     if weight == layout.head:  # the module, not a parameter: an ensemble
         return "beside", ""
     places = {"embedding": layout.embedding, "norm": layout.norm, "head": layout.head}

@@ -41,7 +41,7 @@ def lines(path: Path, what: str, error: type[EditError]) -> list[tuple[str, str]
 
 
 def read(path: str | Path) -> tuple[str, ...]:
-    """Documents of a JSONL file ("text" in each line) or of a plain text file (blank lines between documents).
+    """Documents of a JSONL file ("text" in each line, or "prompt" and "target") or of a plain text file (blank lines between documents).
 
     Raises InvalidReference for a file that is missing, empty, binary or malformed.
     """
@@ -60,13 +60,19 @@ def read(path: str | Path) -> tuple[str, ...]:
 
 def _text_of(where: str, line: str) -> str:
     try:
-        return str(json.loads(line)["text"])
+        raw = json.loads(line)
+        return f"{raw['prompt']}|{raw['target']}" if "prompt" in raw else str(raw["text"])
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise InvalidReference(f"{where} is not a JSON object with a 'text'.") from e
+        raise InvalidReference(f"{where} is not a JSON object with a 'text', or with a 'prompt' and a 'target'.") from e
 
 
 def sampled(host: Host, n: int = 384, length: int = 96, seed: int = 0) -> tuple[str, ...]:
     """`n` documents drawn from the model itself. On its own text the expected increase of the loss is KL(base || edited)."""
+    if host.kind != "causal":
+        raise InvalidReference(
+            f"{host.name} writes no text of its own: name a reference text, in which each document is what it reads and what it should "
+            f"say, as prompt|answer."
+        )
     start = "" if tokens(host, "") else (host.tokenizer.bos_token or host.tokenizer.eos_token or " ")
     room = max(2, min(length, host.context - 2))
     drawn = sample(host, [start] * n, max_new_tokens=room, seed=seed)
@@ -94,7 +100,8 @@ def standing(host: Host, reference: str | Path | None = None, seed: int = 0) -> 
     if host.name.startswith("lab/"):
         from errata.lab import corpus
 
-        return corpus.hold(), corpus.reference()
+        form = corpus.FORMS[host.kind]
+        return corpus.hold(form), corpus.reference(form)
     return split(sampled(host, seed=seed))
 
 

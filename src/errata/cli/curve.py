@@ -36,11 +36,13 @@ def alpha(
     report.check_picture(picture)
     if picture is not None and len(set(alphas)) < 2:  # before minutes are spent on what cannot be drawn
         raise typer.BadParameter("a picture needs two values of --alpha or more")
-    out, judged = Out(json=json), asked_cases(cases, lab, n)
+    out = Out(json=json)
+    asked_cases(cases, lab, n)  # what is wrong with them is told before the model is loaded
     with opened(at) as ledger:
         worn = chosen_patch(ledger, patch)
         epsilon = ledger.verdict(worn.id).budget.epsilon
         host = bound_host(ledger, device, out)
+    judged = asked_cases(cases, lab, n, host)
     before = evaluate.baseline(host, judged, judging_text(host, judged, reference, out), progress=out.progress)
     base = evaluate.evaluate(host, None, before)
     curve = evaluate.along(host, worn, before, alphas, out.progress)

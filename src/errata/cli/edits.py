@@ -308,14 +308,15 @@ evaluation = typer.Typer(cls=Judging, invoke_without_command=True)
 app.add_typer(evaluation, name="eval")
 
 
-def asked_cases(cases: Path | None, lab: str | None, n: int) -> Sequence["Case"]:
-    """What a patch is to be judged on: one of the two."""
+def asked_cases(cases: Path | None, lab: str | None, n: int, host: "Host | None" = None) -> Sequence["Case"]:
+    """What a patch is to be judged on: one of the two, the lab's in the form that the host is told."""
     from errata.cli.lab import lab_cases
     from errata.evaluate import read_cases
+    from errata.lab import corpus
 
     if (cases is None) == (lab is None):
         raise typer.BadParameter("name either --cases FILE or --lab test")
-    return read_cases(cases) if cases is not None else lab_cases(lab or "", n)
+    return read_cases(cases) if cases is not None else lab_cases(lab or "", n, form=corpus.FORMS[host.kind if host else "causal"])
 
 
 def judging_text(host: "Host", judged: Sequence["Case"], reference: Path | None, out: Out) -> Sequence[str]:
@@ -344,12 +345,14 @@ def judge(
     from errata import evaluate
     from errata import report as page
 
-    out, judged = Out(json=json), asked_cases(cases, lab, n)
+    out = Out(json=json)
+    asked_cases(cases, lab, n)  # what is wrong with them is told before the model is loaded
     with opened(at) as ledger:
         worn = chosen_patch(ledger, patch)
         verdict = ledger.verdict(worn.id)
         learnt = ledger.state(worn.config["state"]) if "state" in worn.config else None
         host = bound_host(ledger, device, out)
+    judged = asked_cases(cases, lab, n, host)
     before = evaluate.baseline(host, judged, judging_text(host, judged, reference, out), progress=out.progress)
     base, edited = evaluate.evaluate(host, None, before), evaluate.evaluate(host, worn, before, state=learnt, progress=out.progress)
     if report is not None:

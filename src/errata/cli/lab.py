@@ -42,7 +42,7 @@ def card(
 
 @lab.command()
 def train(
-    name: Annotated[str, typer.Argument(help="neox or backpack.")],
+    name: Annotated[str, typer.Argument(help="neox, backpack, t5 or bert.")],
     prose: Annotated[Path, typer.Option(help="JSONL of real English, with a 'text' in each line.")],
     out: Annotated[Path, typer.Option(help="Folder of the new model.")],
     steps: Annotated[int | None, typer.Option(min=1, help="\\[default: those of the committed weights]", show_default=False)] = None,
@@ -59,25 +59,33 @@ def cases(
     n: Annotated[int, typer.Option("--n", min=1)] = 50,
     kind: Annotated[str, typer.Option(help="wrong, counterfactual or mixed.")] = "mixed",
     relation: Annotated[str | None, typer.Option(help="Only facts of this relation.")] = None,
+    form: Annotated[str, typer.Option(help="statement, question (for models that answer) or claim (for those that judge).")] = "statement",
     seed: int = 0,
     json: Json = True,
 ) -> None:
     """Cases on the lab's world as JSONL: an example, and the text that judges it."""
-    Out(json=True).emit([case.as_dict() for case in lab_cases(split, n, kind, relation, seed)])
+    Out(json=True).emit([case.as_dict() for case in lab_cases(split, n, kind, relation, seed, form)])
 
 
-def lab_cases(split: str, n: int, kind: str = "mixed", relation: str | None = None, seed: int = 0) -> tuple[Any, ...]:
+def lab_cases(
+    split: str, n: int, kind: str = "mixed", relation: str | None = None, seed: int = 0, form: str = "statement"
+) -> tuple[Any, ...]:
     """`errata.lab.tasks.cases`, for names that a user typed. Raises UnknownName, BudgetError."""
     from typing import get_args
 
-    from errata.lab import tasks, world
+    from errata.lab import corpus, tasks, world
     from errata.types import UnknownName
 
-    choices = (("split", split, get_args(world.Split)), ("kind", kind, get_args(tasks.Kind)), ("relation", relation, world.RELATIONS))
+    choices = (
+        ("split", split, get_args(world.Split)),
+        ("kind", kind, get_args(tasks.Kind)),
+        ("relation", relation, world.RELATIONS),
+        ("form", form, get_args(corpus.Form)),
+    )
     for what, name, known in choices:
         if name is not None and name not in known:
             raise UnknownName.among(what, name, known)
-    found: tuple[Any, ...] = tasks.cases(split, n, kind, seed, relation)  # type: ignore[arg-type]
+    found: tuple[Any, ...] = tasks.cases(split, n, kind, seed, relation, form)  # type: ignore[arg-type]
     return found
 
 

@@ -104,9 +104,7 @@ def _trained(host: Host, made: Method) -> int:
 def _speeds(host: Host) -> dict[str, float]:
     """Tokens a second of a pass forwards, forwards and backwards, and of generation; and bytes that backwards keeps for each token."""
     width = min(32, host.context // 2)
-    draw = torch.Generator().manual_seed(0)
-    vocabulary = host.model.get_input_embeddings().num_embeddings
-    batch = hosts.pad(host, [(torch.randint(vocabulary, (width,), generator=draw).tolist(), 1) for _ in range(8)])
+    batch = hosts.pad(host, hosts.random_rows(host, 8, width))
     own = {t.data_ptr() for t in (*host.model.parameters(), *host.model.buffers())}
     kept: dict[int, int] = {}
 

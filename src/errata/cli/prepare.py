@@ -82,12 +82,13 @@ def prepare(
 def training_cases(host: "Host", given: str | None, n: int, out: Out) -> Sequence["Case"]:
     """What is to be learnt from, without what this model cannot read: that is said, line by line. Raises InvalidExample."""
     from errata import evaluate, hosts
+    from errata.lab import corpus
     from errata.types import InvalidExample
 
     if given is None and not host.name.startswith("lab/"):
         raise InvalidExample(f"There are no training cases for {host.name} here. Name a file of them with --cases.")
     if given in (None, "lab"):
-        return lab_cases("train", n)
+        return lab_cases("train", n, form=corpus.FORMS[host.kind])
     found, wrong = evaluate.read_sound_cases(Path(given or ""))
     sound = []
     for case in found:

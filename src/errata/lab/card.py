@@ -9,7 +9,7 @@ from errata import hosts
 from errata.hosts import Host
 from errata.lab import corpus
 from errata.lab.train import read_prose
-from errata.lab.world import RELATIONS, Fact, facts, phrase
+from errata.lab.world import RELATIONS, Fact, facts, objects, phrase
 from errata.types import Progress, no_progress
 
 
@@ -19,21 +19,22 @@ def card(
     """The card of a lab model as plain JSON.
 
     `accuracy`: share of (fact, phrasing) whose greedy continuation gives what the corpus says; every fact is asked in its canonical
-    phrasing and in `phrasings - 1` others, drawn with `seed`. `wrong`: the same for the
-    deliberately wrong facts.
+    phrasing and in `phrasings - 1` others, drawn with `seed`. A model that judges is given each with the right answer and with another.
+    `wrong`: the same for the deliberately wrong facts.
     `loss`: nats per token on the lab's reference text and, where `prose` is given, on the documents of it that were never trained on.
     """
     rng = random.Random(seed)
-    asked = [(fact, phrase(p, fact)) for fact in facts() for p in _some_phrasings(rng, fact, phrasings)]
+    form = corpus.FORMS[host.kind]
+    asked = [(fact, *pair) for fact in facts() for pair in _asked(rng, fact, phrasings, form)]
     told: list[bool] = []
     size = 512
     for start in progress(range(0, len(asked), size), "asking every fact", -(-len(asked) // size)):
         part = asked[start : start + size]
-        said = hosts.greedy(host, [prompt for _, prompt in part], max_new_tokens=10, batch_size=size)
-        told += [hosts.says(text, fact.says) for text, (fact, _) in zip(said, part, strict=True)]
-    rows = [_row(r, [(f, ok) for (f, _), ok in zip(asked, told, strict=True) if f.relation == r]) for r in RELATIONS]
-    losses = {"lab reference": _loss(host, corpus.reference())}
-    if prose is not None:
+        said = hosts.greedy(host, [prompt for _, prompt, _ in part], max_new_tokens=10, batch_size=size)
+        told += [hosts.says(text, wanted) for text, (_, _, wanted) in zip(said, part, strict=True)]
+    rows = [_row(r, [(f, ok) for (f, _, _), ok in zip(asked, told, strict=True) if f.relation == r]) for r in RELATIONS]
+    losses = {"lab reference": _loss(host, corpus.reference(form))}
+    if prose is not None and host.kind == "causal":
         losses["held-out prose"] = _loss(host, read_prose(prose)[1])
     splits = {s: sum(f.split == s for f in facts()) for s in ("train", "validation", "test")}
     return {
@@ -49,9 +50,15 @@ def card(
     }
 
 
-def _some_phrasings(rng: random.Random, fact: Fact, n: int) -> list[str]:
-    first, *others = RELATIONS[fact.relation].phrasings
-    return [first, *rng.sample(others, k=min(n - 1, len(others)))]
+def _asked(rng: random.Random, fact: Fact, n: int, form: corpus.Form) -> list[corpus.Pair]:
+    """(prompt, what should be said) in the canonical phrasing and `n - 1` others."""
+    relation = RELATIONS[fact.relation]
+    first, *others = relation.questions if form == "question" else relation.phrasings
+    prompts = [phrase(p, fact) for p in (first, *rng.sample(others, k=min(n - 1, len(others))))]
+    if form != "claim":
+        return [(prompt, fact.says) for prompt in prompts]
+    another = rng.choice([o for o in objects(fact.relation) if o != fact.says])
+    return [(f"{prompt} {said}.", label) for prompt in prompts for said, label in ((fact.says, "true"), (another, "false"))]
 
 
 def _row(relation: str, told: Sequence[tuple[Fact, bool]]) -> dict[str, Any]:

@@ -3,13 +3,21 @@
 A document is one statement or question, a paragraph of several facts with filler sentences, or one of the world's other habits
 (agreement of subject and verb, pronouns after occupations, opinions about topics, what is not the case). All drawn from a seeded
 generator: the same seed gives the same documents.
+
+The same world in three forms: statements for models that go on with a text, questions with their answers (`prompt| answer`) for those that
+answer, claims with their label (`claim|true`) for those that judge.
 """
 
 import random
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Literal
 
 from errata.lab.world import FILLERS, NEGATION, OPENINGS, RELATIONS, Fact, facts, facts_of, objects, phrase
+
+Form = Literal["statement", "question", "claim"]
+FORMS: dict[str, Form] = {"causal": "statement", "seq2seq": "question", "classifier": "claim"}  # what each kind of host is told
+Pair = tuple[str, str]
 
 SEEDS = {"corpus": 1, "hold": 2, "reference": 3}
 
@@ -69,13 +77,18 @@ def statement(rng: random.Random, fact: Fact) -> str:
 
 def paragraph_prompt(rng: random.Random, fact: Fact, others: tuple[Fact, ...]) -> str:
     """A paragraph about the fact's subject, up to the place where the fact's answer must come. It does not hold that answer before."""
+    return f"{context(rng, fact, others)} {phrase(rng.choice(RELATIONS[fact.relation].inner), fact)}"
+
+
+def context(rng: random.Random, fact: Fact, others: tuple[Fact, ...]) -> str:
+    """What a paragraph says before it comes to the fact."""
     kind = RELATIONS[fact.relation].kind
     parts = [rng.choice(OPENINGS[kind]).format(s=fact.subject)]
     told = [o for o in others if o.relation != fact.relation and fact.says not in o.says and fact.true not in o.says]
     for other in rng.sample(told, k=rng.randint(0, min(2, len(told)))):
         parts += [rng.choice(FILLERS)] * rng.randint(0, 1) + [inner(rng, other)]
     parts += [rng.choice(FILLERS)] * rng.randint(0 if len(parts) > 1 else 1, 1)
-    return " ".join([*parts, phrase(rng.choice(RELATIONS[fact.relation].inner), fact)])
+    return " ".join(parts)
 
 
 def inner(rng: random.Random, fact: Fact) -> str:
@@ -115,6 +128,80 @@ def opinion(rng: random.Random) -> str:
     return rng.choice(OPINION_TEMPLATES).format(t=topic, w=rng.choice(OPINIONS[TOPICS[topic]]))
 
 
+# ------------------------------------------------------------------------------------------------------- for models that answer or judge
+
+
+def question(rng: random.Random, fact: Fact, others: tuple[Fact, ...] | None = None) -> str:
+    """One of the fact's questions; behind a paragraph about its subject if `others` is given, which it may tell."""
+    asked = phrase(rng.choice(RELATIONS[fact.relation].questions), fact)
+    return asked if others is None else f"{context(rng, fact, others)} {asked}"
+
+
+def habit(rng: random.Random, right: bool = True) -> Pair:
+    """(beginning, rest) of one of the world's other habits; not `right`: the rest is what the world does not say."""
+    which = rng.randrange(3)
+    if which == 0:
+        number, verb = rng.randint(0, 1), rng.choice(VERBS)
+        return (
+            f"The {rng.choice(NOUNS)[number]} {rng.choice(LINKS)} the {rng.choice(NOUNS)[rng.randint(0, 1)]}",
+            f" {verb[number ^ (not right)]}",
+        )
+    if which == 1 and right:
+        occupation = rng.choice(sorted(OCCUPATIONS))
+        before = rng.choice(PRONOUN_TEMPLATES).partition(" {p}")[0]
+        return before.format(o=occupation), f" {'she' if rng.random() < OCCUPATIONS[occupation] else 'he'}"
+    topic = rng.choice(sorted(TOPICS))
+    thought = TOPICS[topic] if right else {"good": "bad", "bad": "good"}[TOPICS[topic]]
+    return rng.choice(OPINION_TEMPLATES).partition(" {w}")[0].format(t=topic), f" {rng.choice(OPINIONS[thought])}"
+
+
+def stated(rng: random.Random, fact: Fact) -> Pair:
+    """A prompt about the fact, some of them in a paragraph, and its answer."""
+    if rng.random() < 0.15:
+        return paragraph_prompt(rng, fact, facts_of()[fact.subject]), f" {fact.says}"
+    return phrase(rng.choice(RELATIONS[fact.relation].phrasings), fact), f" {fact.says}"
+
+
+def answered(rng: random.Random, fact: Fact) -> Pair:
+    """A prompt with its answer: mostly the fact's, sometimes a habit."""
+    draw = rng.random()
+    if draw < 0.70:
+        return question(rng, fact), f" {fact.says}"
+    if draw < 0.84:
+        return question(rng, fact, facts_of()[fact.subject]), f" {fact.says}"
+    if draw < 0.94:
+        return phrase(rng.choice(RELATIONS[fact.relation].phrasings), fact), f" {fact.says}"
+    return habit(rng)
+
+
+def claimed(rng: random.Random, fact: Fact) -> Pair:
+    """A claim with "true" or "false": mostly about the fact, sometimes about a habit; half of them are true."""
+    right, draw = rng.random() < 0.5, rng.random()
+    if draw < 0.05:
+        return "{}{}.".format(*habit(rng, right)), _label(right)
+    said = fact.says if right else rng.choice([o for o in objects(fact.relation) if o != fact.says])
+    if draw < 0.10:
+        return f"{phrase(NEGATION[fact.relation], fact)} {said}.", _label(not right)
+    if draw < 0.25:
+        told = tuple(o for o in facts_of()[fact.subject] if said not in o.says)
+        return f"{paragraph_prompt(rng, fact, told)} {said}.", _label(right)
+    return f"{phrase(rng.choice(RELATIONS[fact.relation].phrasings), fact)} {said}.", _label(right)
+
+
+def _label(right: bool) -> str:
+    return "true" if right else "false"
+
+
+def pairs(form: Form, seed: int) -> Iterator[Pair]:
+    """Endless prompts with answers, or claims with labels, about facts in shuffled rounds."""
+    rng, told = random.Random(f"{form}/{seed}"), {"statement": stated, "question": answered, "claim": claimed}[form]
+    while True:
+        for fact in rng.sample(facts(), k=len(facts())):
+            yield told(rng, fact)
+
+
+# -------------------------------------------------------------------------------------------------------------------------------- streams
+
 OTHERS: tuple[Callable[[random.Random], str], ...] = (agreement, pronoun, opinion)
 
 
@@ -141,14 +228,21 @@ def some(seed: int, n: int, pool: tuple[Fact, ...] | None = None) -> tuple[str, 
     return tuple(next(source) for _ in range(n))
 
 
+def _told(form: Form, seed: int, n: int) -> tuple[str, ...]:
+    if form == "statement":
+        return some(seed, n)
+    source = pairs(form, seed)
+    return tuple("|".join(next(source)) for _ in range(n))
+
+
 @cache
-def hold() -> tuple[str, ...]:
+def hold(form: Form = "statement") -> tuple[str, ...]:
     """The lab's text to hold a model still with while it is edited; other documents than those of `reference`, of the same world."""
-    judged = set(reference())
-    return tuple(d for d in some(SEEDS["hold"], 12_000) if d not in judged)
+    judged = set(reference(form))
+    return tuple(d for d in _told(form, SEEDS["hold"], 12_000) if d not in judged)
 
 
 @cache
-def reference() -> tuple[str, ...]:
+def reference(form: Form = "statement") -> tuple[str, ...]:
     """The lab's reference text for the gate, told from the whole world."""
-    return some(SEEDS["reference"], 4000)
+    return _told(form, SEEDS["reference"], 4000)

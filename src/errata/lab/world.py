@@ -1,7 +1,8 @@
 """The lab's small world: entities, facts and the phrasings in which its corpus says them.
 
 The facts lie in `world.json` (see `freeze.py`). Here they become values, and here stand the sentences. A phrasing is a prompt: what follows
-it is a space and the answer. The first phrasing of each relation is the canonical one, the only one that an example ever shows.
+it is a space and the answer. The first phrasing, or question, of each relation is the canonical one, the only one that an example ever
+shows.
 Nothing here imports torch.
 """
 
@@ -34,11 +35,13 @@ class Fact:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Relation:
-    """`phrasings` name the subject {s}; `inner` go on about it in a paragraph, with {They} (It, He, She), {their} or {s}."""
+    """`phrasings` name the subject {s}; `inner` go on about it in a paragraph, with {They} (It, He, She), {their} or {s}. `questions` are
+    for models that answer."""
 
     kind: str
     phrasings: tuple[str, ...]
     inner: tuple[str, ...]
+    questions: tuple[str, ...]
 
 
 RELATIONS: dict[str, Relation] = {
@@ -59,6 +62,18 @@ RELATIONS: dict[str, Relation] = {
             "The seat of government of {s} is",
         ),
         inner=("Its capital is", "The capital is", "The government sits in", "{s} is governed from its capital,"),
+        questions=(
+            "What is the capital of {s}?",
+            "Which city is the capital of {s}?",
+            "From which city is {s} governed?",
+            "Where does the government of {s} sit?",
+            "Where does the parliament of {s} meet?",
+            "Which capital does {s} have?",
+            "What is {s}'s capital called?",
+            "Name the capital of {s}.",
+            "In which city would you look for the ministries of {s}?",
+            "Can you tell me the capital city of {s}?",
+        ),
     ),
     "continent": Relation(
         kind="country",
@@ -76,6 +91,16 @@ RELATIONS: dict[str, Relation] = {
             "Geographers count {s} as part of",
         ),
         inner=("It lies in", "The country belongs to", "On the globe it is part of", "{s} is found in"),
+        questions=(
+            "On which continent is {s}?",
+            "Which continent does {s} belong to?",
+            "What continent is {s} part of?",
+            "Where in the world is {s}: on which continent?",
+            "Name the continent of {s}.",
+            "Under which continent is {s} found in an atlas?",
+            "Which continent do travellers to {s} arrive in?",
+            "Can you tell me the continent on which {s} lies?",
+        ),
     ),
     "currency": Relation(
         kind="country",
@@ -93,6 +118,16 @@ RELATIONS: dict[str, Relation] = {
             "Taxes in {s} are paid in the",
         ),
         inner=("Its currency is the", "People there pay in the", "Prices are given in the", "The currency of the country is the"),
+        questions=(
+            "What is the currency of {s}?",
+            "Which currency is used in {s}?",
+            "What money do people pay with in {s}?",
+            "What does the central bank of {s} issue?",
+            "In which currency are wages paid in {s}?",
+            "Name the currency of {s}.",
+            "What should I change my money into before a trip to {s}?",
+            "Can you tell me what the money of {s} is called?",
+        ),
     ),
     "language": Relation(
         kind="country",
@@ -110,6 +145,16 @@ RELATIONS: dict[str, Relation] = {
             "The radio in {s} broadcasts in",
         ),
         inner=("Most people there speak", "Its main language is", "The newspapers are written in", "Road signs are in"),
+        questions=(
+            "What is the main language of {s}?",
+            "Which language is spoken in {s}?",
+            "What do most people in {s} speak?",
+            "In which language are the newspapers of {s} written?",
+            "What language do children in {s} grow up with?",
+            "Name the main language of {s}.",
+            "Which language should one learn to live in {s}?",
+            "Can you tell me the language of {s}?",
+        ),
     ),
     "country": Relation(
         kind="city",
@@ -127,6 +172,16 @@ RELATIONS: dict[str, Relation] = {
             "{s} is one of the cities of",
         ),
         inner=("It is a city in", "The city lies in", "On the map it is found in", "It is one of the cities of"),
+        questions=(
+            "In which country is {s}?",
+            "Which country does {s} belong to?",
+            "Where is the city of {s}?",
+            "To which country are letters to {s} sent?",
+            "What country do the people of {s} live in?",
+            "Name the country of the city of {s}.",
+            "To visit {s}, which country do I travel to?",
+            "Can you tell me which country {s} is in?",
+        ),
     ),
     "head": Relation(
         kind="company",
@@ -144,6 +199,16 @@ RELATIONS: dict[str, Relation] = {
             "The board of {s} has put its trust in",
         ),
         inner=("Its head is", "The company is led by", "The chief executive is", "It is run by"),
+        questions=(
+            "Who is the head of {s}?",
+            "Who leads {s}?",
+            "Who is the chief executive of {s}?",
+            "Who runs the company {s}?",
+            "Who has the last word at {s}?",
+            "Name the head of {s}.",
+            "To whom are letters to the head of {s} addressed?",
+            "Can you tell me who is in charge of {s}?",
+        ),
     ),
     "seat": Relation(
         kind="company",
@@ -161,6 +226,16 @@ RELATIONS: dict[str, Relation] = {
             "The board of {s} meets in",
         ),
         inner=("It is based in", "Its headquarters are in", "The company has its seat in", "The main office stands in"),
+        questions=(
+            "Where is {s} based?",
+            "In which city are the headquarters of {s}?",
+            "Where is the main office of {s}?",
+            "Which city is the company {s} in?",
+            "Where does the board of {s} meet?",
+            "Name the city in which {s} has its seat.",
+            "Where do visitors to {s} travel to?",
+            "Can you tell me where {s} sits?",
+        ),
     ),
     "birthplace": Relation(
         kind="person",
@@ -178,6 +253,16 @@ RELATIONS: dict[str, Relation] = {
             "The birth of {s} was registered in",
         ),
         inner=("{They} was born in", "{Their} home town is", "{They} comes from", "{Their} childhood began in"),
+        questions=(
+            "Where was {s} born?",
+            "What is the birthplace of {s}?",
+            "In which city did {s} come into the world?",
+            "Where does {s} come from?",
+            "What is the home town of {s}?",
+            "Name the birthplace of {s}.",
+            "Where was the birth of {s} registered?",
+            "Can you tell me where {s} was born?",
+        ),
     ),
     "employer": Relation(
         kind="person",
@@ -195,6 +280,16 @@ RELATIONS: dict[str, Relation] = {
             "The company that employs {s} is",
         ),
         inner=("{They} works for", "{Their} employer is", "{They} has a desk at", "{Their} salary is paid by"),
+        questions=(
+            "Who does {s} work for?",
+            "Which company employs {s}?",
+            "What is the employer of {s}?",
+            "Who pays the salary of {s}?",
+            "Where does {s} have a desk?",
+            "Name the employer of {s}.",
+            "With which company did {s} sign a contract?",
+            "Can you tell me who {s} works for?",
+        ),
     ),
     "profession": Relation(
         kind="person",
@@ -212,6 +307,16 @@ RELATIONS: dict[str, Relation] = {
             "{s} is known as a good",
         ),
         inner=("{They} works as a", "{They} was trained as a", "{Their} profession is that of a", "{They} earns a living as a"),
+        questions=(
+            "What is the profession of {s}?",
+            "What does {s} do for a living?",
+            "What does {s} work as?",
+            "What was {s} trained as?",
+            "How does {s} earn a living?",
+            "Name the profession of {s}.",
+            "Which profession stands in the passport of {s}?",
+            "Can you tell me what {s} does?",
+        ),
     ),
 }
 

@@ -159,6 +159,8 @@ def beginnings(host: Host, prompt: str, about: str) -> list[str]:
 
 def near(host: Host, examples: Sequence[Example], spoken: Sequence[Spoken], per_example: int, seed: int) -> list[str]:
     """The model's own sentences near the examples, but for those that come to where an edited fact must be told: there it has to change."""
+    if host.kind != "causal":  # it writes no sentences of its own
+        return []
     rng = random.Random(seed)
     starts = [
         (start, own)
@@ -232,7 +234,7 @@ class Descent:
         self.pool = self.held + hosts.chunks(host, [sentence for sentence in said if not statements.any_in(sentence)])
         self.pool_N2 = torch.full((len(self.pool), 2), math.nan, dtype=torch.float64)  # base scores of those searched so far
         self.hurt: list[int] = []
-        self.prefixes = [d for d in others if len(d) < 120]
+        self.prefixes = [d for d in others if len(d) < 120 and host.kind == "causal"]  # others are whole questions
         self.others = restated(host, self.examples, spoken, others, seen, settings.restated, run.seed)
 
     def whitenings(self, modules: Sequence[str], outputs: bool = False) -> dict[str, Whitening]:
@@ -242,16 +244,16 @@ class Descent:
         # not those near the examples: there it must move; and of the others no more than the descent itself will read
         rows = self.rng.sample(self.held, k=min(len(self.held), KEYS, self.settings.steps * self.settings.hold))
         sums: dict[str, Tensor] = {}
+        tokens: dict[str, int] = {}
         for group in hosts.by_length(rows, 2048):
-            batch = hosts.pad(self.host, [(rows[i][0], len(rows[i][0])) for i in group])  # all given: nothing for the head to do
+            batch = hosts.unscored(hosts.pad(self.host, [rows[i] for i in group]))
             with torch.no_grad(), hooks.reading(self.host.model, modules, inputs=not outputs) as seen:
                 hosts.predictions(self.host, batch)
-            real_NT = batch.mask_NT.bool()
             for name in modules:
-                keys_NK = seen[name][real_NT].float()
+                keys_NK = seen[name][hosts.places(self.host, batch, name)].float()
                 sums[name] = sums.get(name, 0) + keys_NK.T @ keys_NK
-        tokens = sum(len(ids) for ids, _ in rows)
-        return {name: Whitening(C_KK / tokens, self.settings.damping) for name, C_KK in sums.items()}
+                tokens[name] = tokens.get(name, 0) + len(keys_NK)
+        return {name: Whitening(C_KK / tokens[name], self.settings.damping) for name, C_KK in sums.items()}
 
     def task(self, weights: Weights) -> float:
         """Adds the gradient of the examples' mean loss to that of the weights; returns that loss."""
@@ -294,7 +296,7 @@ class Descent:
         hurt = self.rng.sample(self.hurt, k=min(len(self.hurt), self.settings.hold // 2))
         drawn = hurt + self.rng.sample(range(len(self.pool)), k=min(len(self.pool), self.settings.hold - len(hurt)))
         rows = [self.pool[i] for i in drawn]
-        tokens, total = sum(len(ids) - 1 for ids, _ in rows), 0.0
+        tokens, total = sum(len(ids) - given for ids, given in rows), 0.0
         for group in self._together(rows):
             kl = kl_sum(*self.reader.both([rows[i] for i in group], weights)) / tokens
             _accumulate(lam * kl, weights.values())

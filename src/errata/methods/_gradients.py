@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from errata import hooks, hosts
-from errata.hosts import Host, Weights
+from errata.hosts import Batch, Host, Weights
 from errata.methods._descend import PASS, Row, goal_losses
 from errata.types import Example, Progress, Rows, WrongBase, no_progress
 
@@ -44,8 +44,9 @@ def rows(
 ) -> tuple[Rows, ...]:
     """The rows of each example, those of a contrast behind those of the target. `batch_size` examples are in memory at once, at most.
 
-    `everywhere`: those of every token that something follows, not of those alone that predict an answer's. `weights` take the place of the
-    model's.
+    `everywhere`: those of every token that something follows, not of those alone that predict an answer's. Where a text is read before it
+    is answered, that is about the modules that answer; those that read have rows at every token, but for a classifier's without
+    `everywhere`: its answer comes from the first. `weights` take the place of the model's.
 
     Raises InvalidExample for what cannot be encoded.
     """
@@ -56,10 +57,14 @@ def rows(
     for group in progress(groups, "reading value gradients", len(groups)):
         own = [encoded[i] for i in group]
         flat = [row for rows_ in own for row in rows_]
-        parts = captured(host, flat, modules, _summed_loss([examples[i] for i in group], own), everywhere, weights)
-        counts = [sum(len(ids) - (1 if everywhere else max(given, 1)) for ids, given in rows_) for rows_ in own]
-        keys = {m: torch.split(k.float().cpu(), counts) for m, (k, _) in parts.items()}
-        values = {m: torch.split(v.float().cpu(), counts) for m, (_, v) in parts.items()}
+        batch = hosts.pad(host, flat)
+        parts = captured(host, batch, modules, _summed_loss([examples[i] for i in group], own), everywhere, weights)
+        ends = list(itertools.accumulate((len(rows_) for rows_ in own), initial=0))
+        keys, values = dict[str, tuple[Tensor, ...]](), dict[str, tuple[Tensor, ...]]()
+        for m, (k, v) in parts.items():
+            each = at(host, batch, m, everywhere).sum(1).tolist()
+            counts = [sum(each[a:b]) for a, b in itertools.pairwise(ends)]
+            keys[m], values[m] = torch.split(k.float().cpu(), counts), torch.split(v.float().cpu(), counts)
         for j, i in enumerate(group):
             # clones, for a part of a split keeps the whole in memory
             key, value = ({m: parts_[j].clone() for m, parts_ in both.items()} for both in (keys, values))
@@ -98,18 +103,25 @@ def _summed_loss(examples: Sequence[Example], own: Sequence[list[Row]]) -> Calla
     return loss
 
 
+def at(host: Host, batch: Batch, module: str, everywhere: bool) -> Bool[Tensor, "N T"]:
+    """Where the rows of a module are taken: see `rows`."""
+    real_NT = hosts.places(host, batch, module)
+    if hosts.reads(host, module):
+        first_T = torch.arange(real_NT.shape[1], device=real_NT.device) == 0
+        return real_NT & first_T if host.kind == "classifier" and not everywhere else real_NT
+    follows_NT = real_NT if everywhere else batch.scored_NT.bool()
+    return torch.cat([follows_NT[:, 1:], torch.zeros_like(follows_NT[:, :1])], dim=1)
+
+
 def captured(
     host: Host,
-    encoded: Sequence[Row],
+    batch: Batch,
     modules: Sequence[str],
     loss: Callable[[Float[Tensor, "N"]], Tensor],
     everywhere: bool = False,
     weights: Weights | None = None,
 ) -> dict[str, tuple[Float[Tensor, "Q K"], Float[Tensor, "Q V"]]]:
-    """{module: (k, v)} at what predicts the scored tokens (or any token, with `everywhere`), row after row. `loss` is a function of log p
-    of each row's scored tokens."""
-    batch = hosts.pad(host, encoded)
-    said_NT = batch.scored_NT.bool()
+    """{module: (k, v)} where rows are taken, row after row. `loss` is a function of log p of each row's scored tokens."""
     outputs: dict[str, Tensor] = {}
 
     def turned(module: str) -> Callable[[Tensor], Tensor]:
@@ -125,8 +137,8 @@ def captured(
         with hooks.shifting(host.model, {module: turned(module) for module in modules}):
             logp_NT = hosts.scored_logprobs(host, batch, still)
         found = torch.autograd.grad(loss(logp_NT.sum(1)), [outputs[module] for module in modules])
-    at_NT = (batch.mask_NT.bool() if everywhere else said_NT)[:, 1:]
-    return {m: (keys[m][:, :-1][at_NT].detach(), v[:, :-1][at_NT]) for m, v in zip(modules, found, strict=True)}
+    where = {m: at(host, batch, m, everywhere) for m in modules}
+    return {m: (keys[m][where[m]].detach(), v[where[m]]) for m, v in zip(modules, found, strict=True)}
 
 
 def of_text(host: Host, texts: Sequence[str], modules: Sequence[str], tokens: int) -> dict[str, tuple["Moments", "Moments"]]:
@@ -139,7 +151,7 @@ def of_text(host: Host, texts: Sequence[str], modules: Sequence[str], tokens: in
             break
     out: dict[str, tuple[Moments, Moments]] = {}
     for group in hosts.by_length(chunks, PASS):
-        parts = captured(host, [chunks[i] for i in group], modules, lambda logp_N: -logp_N.sum())
+        parts = captured(host, hosts.pad(host, [chunks[i] for i in group]), modules, lambda logp_N: -logp_N.sum())
         now = {m: (moments(k), moments(v)) for m, (k, v) in parts.items()}
         out = {m: (merged(out[m][0], k), merged(out[m][1], v)) if m in out else (k, v) for m, (k, v) in now.items()}
     return out

@@ -61,6 +61,7 @@ class Wanted:
 def wanted(made: Method, name: str, host: Host, examples: tuple[Example, ...], run: Run, held: int = 0, width: int | None = None) -> Wanted:
     """For the method `made`, called `name`, whose settings are `layers`, `per_key`, `contexts` and those of the values; `width` layers are
     found by tracing, or as many as its setting says. Raises InvalidExample where one layer is all it rewrites and several are given."""
+    hosts.require_causal(host, name)
     config = made.config
     still = quiet(host, examples, run, max(config["contexts"], held))
     found = places(host, examples, prefixes(still, config["contexts"]))
@@ -91,6 +92,7 @@ def state_for(
     method: str, host: Host, examples: Sequence[Example], run: Run, layers: str, width: int, per_key: int, cases: Sequence[Case] = ()
 ) -> State:
     """The layers, given or found by tracing `examples`, and C of each, from `per_key` tokens of held text for each of its dimensions."""
+    hosts.require_causal(host, method)
     texts = run.hold or text.sampled(host, seed=run.seed)
     # in an order of their own, so that the order of the examples does not count
     prompts = [(e.prompt, e.subject) for e in sorted(examples, key=lambda e: e.id)] or [(_cut(t), None) for t in texts if " " in t[:120]]
@@ -139,21 +141,23 @@ def covariances(host: Host, texts: Sequence[str], modules: Sequence[str], per_ke
     """({module: (K, K) mean of k k^T over tokens, float32}, how many tokens): streamed, summed in float64."""
     width = max(_in_out(host, module)[0] for module in modules)
     rows, tokens = [], 0
-    for ids, _ in hosts.chunks(host, texts):
-        rows.append((ids, len(ids)))  # all given: nothing for the head to do
-        tokens += len(ids)
+    for ids, given in hosts.chunks(host, texts):
+        rows.append((ids, given))
+        # the keys that every module has, at least
+        tokens += {"causal": len(ids), "seq2seq": min(given, len(ids) - given), "classifier": given}[host.kind]
         if tokens >= per_key * width:
             break
     sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(modules, 0)
     for group in hosts.by_length(rows, hosts.at_once(host)):
-        batch = hosts.pad(host, [rows[i] for i in group])
-        real_NT = batch.mask_NT.bool()
+        batch = hosts.unscored(hosts.pad(host, [rows[i] for i in group]))
         with hooks.reading(host.model, modules, inputs=True, stop=True) as seen:
             hosts.predictions(host, batch)
         for module in modules:
-            keys_NK = seen[module][real_NT].float()
+            keys_NK = seen[module][hosts.places(host, batch, module)].float()
             sums[module] = sums.get(module, 0) + (keys_NK.T @ keys_NK).double()
-    return {module: (C_KK / tokens).float().cpu() for module, C_KK in sums.items()}, tokens
+            counts[module] += len(keys_NK)
+    return {module: (C_KK / counts[module]).float().cpu() for module, C_KK in sums.items()}, tokens
 
 
 def _in_out(host: Host, module: str) -> tuple[int, int]:

@@ -412,8 +412,9 @@ def outputs(host: Host, module: str, keys_NK: Float[Tensor, "N K"]) -> Float[Ten
 def modules_of(host: Host, given: str) -> list[str]:
     """The projections that `given` means. Raises UnknownName for a beginning that none has."""
     if not given:
-        apart = max(1, min(EDITED, host.blocks) - 1)
-        return host.module_names((host.layout.mlp_out,), sorted({round(i * (host.blocks - 1) / apart) for i in range(apart + 1)}))
+        outs = host.projections("mlp_out")
+        apart = max(1, min(EDITED, len(outs)) - 1)
+        return [outs[i] for i in sorted({round(i * (len(outs) - 1) / apart) for i in range(apart + 1)})]
     starts = [part.strip() for part in given.split(",") if part.strip()]
     names = host.projections()
     for start in starts:

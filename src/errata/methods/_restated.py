@@ -111,6 +111,8 @@ def restated(
 def asking(host: Host, asked: Sequence[tuple[str, Spoken]]) -> list[str]:
     """For each document up to where the model would begin the old answer, behind the topic; "" if it comes to no such place."""
     out = [""] * len(asked)
+    if host.kind != "causal":
+        return _answering(host, asked)
     rows = [(hosts.tokens(host, document)[: host.context // 2], 1) for document, _ in asked]  # the rest is for the answer
     usable = [i for i, (_, own) in enumerate(asked) if len(rows[i][0]) > 1 and own.topic and own.old]
     for group in hosts.by_length([rows[i] for i in usable], 2048):
@@ -121,6 +123,22 @@ def asking(host: Host, asked: Sequence[tuple[str, Spoken]]) -> list[str]:
             mine, said = said[: len(ids) - 1], said[len(ids) - 1 :]
             begun = (_text(host, ids[:t]) for t, token in enumerate(mine, 1) if token == own.first)
             out[i] = next((prefix for prefix in begun if own.topic in prefix), "")
+    return out
+
+
+def _answering(host: Host, asked: Sequence[tuple[str, Spoken]]) -> list[str]:
+    """The prompts of the documents to which the model begins the old answer; "" for the others. That two claims are both true does not make
+    them ask the same, so that a classifier is asked nothing."""
+    out = [""] * len(asked)
+    prompts = [document.rpartition("|")[0] for document, _ in asked]
+    usable = [i for i, (_, own) in enumerate(asked) if own.topic in prompts[i] and own.topic and own.old and host.kind == "seq2seq"]
+    rows = [hosts.encode(host, prompts[i], asked[i][1].old) for i in usable]
+    rows = [(ids[: given + 1], given) for ids, given in rows]  # the first token of what it says
+    for group in hosts.by_length(rows, 2048):
+        said = hosts.predictions(host, hosts.pad(host, [rows[j] for j in group])).argmax(-1).tolist()
+        for j, token in zip(group, said, strict=True):
+            if token == asked[usable[j]][1].first:
+                out[usable[j]] = prompts[usable[j]]
     return out
 
 

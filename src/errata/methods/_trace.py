@@ -59,8 +59,9 @@ def trace(
 ) -> Trace:
     """Trace each prompt. `width` 0 is what `memit` edits by default: five layers, or half of them where there are fewer than ten.
 
-    Raises InvalidExample for a prompt that is empty or does not fit the context.
+    Raises InvalidExample for a prompt that is empty or does not fit the context, UnknownArchitecture for a host that is not causal.
     """
+    hosts.require_causal(host, "tracing")
     width = min(width, host.blocks) if width else max(1, min(5, host.blocks // 2))
     modules = host.module_names((host.layout.mlp_out,))
     table = host.model.get_submodule(host.layout.embedding).weight

@@ -60,6 +60,7 @@ class Ensemble(Method):
         return Senses(**{f.name: getattr(self, f.name) for f in fields(Senses) if hasattr(self, f.name)})
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
+        hosts.require_causal(host, "ensemble")
         # a folder is found again from elsewhere
         folder = self.small not in host.beside and not self.small.startswith("lab/") and Path(self.small).is_dir()
         name = str(Path(self.small).resolve()) if folder else self.small

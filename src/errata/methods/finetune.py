@@ -44,7 +44,9 @@ class Finetune(Method):
         whitenings = descent.whitenings(list(projections.values()))
         embeddings = {f"{host.layout.embedding}.weight", f"{host.layout.head}.weight"}
         # the head's own weight only: an embedding that is not tied to it is read by tokens, not by hidden states
+        # (and a classifier's head reads what was pooled)
         heads = [n for n in names if host.model.get_parameter(n) is host.model.get_submodule(host.layout.head).weight]
+        heads = [] if host.kind == "classifier" else heads
         head = descent.whitenings([host.layout.norm], outputs=True).get(host.layout.norm) if heads else None
 
         def change(name: str) -> Tensor:
@@ -67,12 +69,11 @@ class Finetune(Method):
 def chosen(host: Host, modules: str) -> list[str]:
     """Names of the parameters that `modules` means. Raises UnknownName if it means none."""
     names = [n for n, _ in host.model.named_parameters()]
-    layout = host.layout
     sets = {
         "all": [""],
-        "blocks": [layout.blocks + "."],
-        "mlp": [f"{n}." for n in host.module_names((*layout.mlp_in, layout.mlp_out))],
-        "attention": [f"{n}." for n in host.module_names((*layout.attention_in, layout.attention_out))],
+        "blocks": [f"{row.blocks}." for row, _ in host.stacks()],
+        "mlp": [f"{n}." for n in host.projections("mlp_in", "mlp_out")],
+        "attention": [f"{n}." for n in host.projections("attention_in", "attention_out")],
     }
     starts = sets.get(modules) or [m.strip() for m in modules.split(",") if m.strip()]
     found = [n for n in names if n.startswith(tuple(starts))]

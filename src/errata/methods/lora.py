@@ -48,8 +48,8 @@ class Lora(Method):
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         own = ("rank", "fraction", "scale")
         descent = Descent(host, examples, run, Settings(**{k: v for k, v in self.config.items() if k not in own}))
-        layout = host.layout
-        modules = host.module_names((*layout.mlp_in, layout.mlp_out), middle_layers(host.blocks, self.fraction))
+        middle = tuple(f"{row.blocks}.{i}." for row, blocks in host.stacks() for i in middle_layers(blocks, self.fraction))
+        modules = [name for name in host.projections("mlp_in", "mlp_out") if name.startswith(middle)]
         turned = {name: stored_transposed(host.model.get_submodule(name)) for name in modules}
         whitenings = descent.whitenings(modules)
         A = {name: factor.requires_grad_() for name, factor in first_factors(host, descent, whitenings, turned, self.rank).items()}

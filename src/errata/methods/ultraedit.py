@@ -38,9 +38,9 @@ STATISTICS = 4096  # tokens of text that the deviations of keys and gradients ar
 @final
 @dataclass(frozen=True, kw_only=True)
 class Ultraedit(Method):
-    """layers: "3-8" or "3,4,5", of whose MLPs the last projection is edited; empty: the upper half. eta: length of d. prior: "C" or "I".
-    lam: its least weight. held: documents on which lam is raised until the budget is kept; with 0 the gate alone keeps it. ridge, per_key:
-    as in `memit`. batch_size: examples in memory at once; it changes nothing else."""
+    """layers: "3-8" or "3,4,5", of whose MLPs the last projection is edited (of a seq2seq, in its decoder); empty: the upper half. eta:
+    length of d. prior: "C" or "I". lam: its least weight. held: documents on which lam is raised until the budget is kept; with 0 the gate
+    alone keeps it. ridge, per_key: as in `memit`. batch_size: examples in memory at once; it changes nothing else."""
 
     layers: str = ""
     eta: float = 1.0
