@@ -9,9 +9,12 @@ which are the goals); what the method left over, the gate scales.
     agreement    prompts near it (same subject, same relation, unrelated): the same greedy text as before
     loss         relative increase of the mean token loss on text that judges, statements of edited facts set aside
 
-Of more than 128 facts a sample of 128 is asked. The curve is drawn into `massive_quality.svg`, in the folder where the script is called.
+Of more than 128 facts a sample of 128 is asked. `malmen` and `mend` also edit the lab's T5, which answers questions, and its BERT, which
+tells true claims from false ones: `--only t5/malmen` names one of these. What was measured stays in `out/massive_quality`, under the folder
+where the script is called, and one picture for each model is drawn there of all methods that have been measured.
 """
 
+import json
 import random
 import time
 from collections.abc import Sequence
@@ -24,12 +27,12 @@ from _bench import arguments, emit
 from errata import evaluate, gate, hosts, methods, report, text
 from errata.evaluate import Scores
 from errata.hosts import Host
-from errata.lab import tasks
+from errata.lab import corpus, tasks
 from errata.types import RINGS, Budget, Case, Run, Verdict
 
 BALLS = {1: 5e-3, 16: 5e-3, 128: 1e-2, 512: 4e-2, 1024: 4e-2, 4096: 4e-2}
 GOALS = {16: (0.95, 0.80, 0.95, 0.005), 128: (0.90, 0.75, 0.90, 0.01), 512: (0.85, 0.60, 0.75, 0.04), 1024: (0.97, 0.90, 0.97, 0.01)}
-COMPARED = ("malmen", "mend", "memit", "alphaedit", "ultraedit", "lora", "finetune")
+COMPARED = ("malmen", "mend", "memit", "alphaedit", "ultraedit", "lora", "finetune", "t5/malmen", "t5/mend", "bert/malmen", "bert/mend")
 NAMED = ("memit", "alphaedit")  # they edit what a prompt speaks of, so they are told
 MOST = {"lora": 128, "finetune": 128}  # facts that descents get: a step costs what its facts cost
 ASKED = 128
@@ -84,31 +87,48 @@ def named(case: Case) -> Case:
     return replace(case, example=replace(case.example, subject=subject)) if subject in case.example.prompt else case
 
 
+def kept(folder: Path, name: str, points: Sequence[tuple[int, Scores]] = ()) -> dict[str, list[tuple[int, Scores]]]:
+    """The curves of all methods that have been measured on the model, with the points of this one."""
+    path = folder / f"{name.replace('/', '-')}.json"
+    if points:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([[n, replace(scores, answers=()).as_dict()] for n, scores in points]))
+    found = {}
+    for other in COMPARED:
+        there = folder / f"{other.replace('/', '-')}.json"
+        if other.rpartition("/")[0] == name.rpartition("/")[0] and there.exists():
+            found[other] = [(n, Scores.from_dict(raw)) for n, raw in json.loads(there.read_text())]
+    return found
+
+
 def main() -> None:
     args = arguments(__doc__)
-    host = hosts.load("lab/neox", device="cpu")
-    hold, judging = text.standing(host)
-    judging = judging[:200] if args.quick else judging
     sizes = (16,) if args.quick else tuple(BALLS)
-    curves: dict[str, list[tuple[int, Scores]]] = {}
-    for method in args.only.split(",") if args.only else ("ultraedit", "malmen") if args.quick else COMPARED:
+    folder = Path("out/massive_quality") / ("quick" if args.quick else "whole")
+    for name in args.only.split(",") if args.only else ("ultraedit", "malmen") if args.quick else COMPARED:
+        model, _, method = name.rpartition("/")
+        host = hosts.load(f"lab/{model or 'neox'}", device="cpu")
+        form = corpus.FORMS[host.kind]
+        hold, judging = text.standing(host)
+        judging = judging[:200] if args.quick else judging
         state = None
         if method in ("malmen", "mend"):
             short = {"steps": 4, "most": 16} if args.quick else {}
             start = time.perf_counter()
-            learning = tasks.cases("train", 100 if args.quick else LEARNT_FROM, seed=args.seed)
+            learning = tasks.cases("train", 100 if args.quick else LEARNT_FROM, seed=args.seed, form=form)
             state = methods.make(method, **short).prepare(host, learning, Run(hold=hold, seed=args.seed))
             assert state is not None
             how = f"{len(learning)} training cases, {state.config['step']} steps, the best at {state.config['best_step']}"
-            goal = ("<=", 20.0) if method == "malmen" and not args.quick else None
-            emit(args, f"{method}: meta-training (minutes)", (time.perf_counter() - start) / 60, goal, how)
+            goal = ("<=", 20.0) if name == "malmen" and not args.quick else None
+            emit(args, f"{name}: meta-training (minutes)", (time.perf_counter() - start) / 60, goal, how)
+        points: list[tuple[int, Scores]] = []
         for n in (n for n in sizes if n <= MOST.get(method, n)):
-            cases = tasks.cases(("test", "validation") if n > 3000 else "test", n, seed=args.seed)
+            cases = tasks.cases(("test", "validation") if n > 3000 else "test", n, seed=args.seed, form=form)
             run = Run(hold=hold, seed=args.seed, state=state)
             scores, verdict, seconds = judged(host, method, [named(c) for c in cases] if method in NAMED else cases, BALLS[n], run, judging)
-            curves.setdefault(method, []).append((n, scores))
+            points.append((n, scores))
             told = f"scaled to {verdict.scale:.2g}; 95 % < {verdict.upper:+.1e}; edited in {seconds:.1f} s"
-            goals = GOALS.get(n, ()) if method == "malmen" and not args.quick else ()
+            goals = GOALS.get(n, ()) if name == "malmen" and not args.quick else ()
             teacher = f"; teacher-forced {rate(scores, 'teacher.edit'):.3f} and {rate(scores, 'teacher.ood'):.3f}"
             numbers = {
                 "edit": rate(scores, "edit"),
@@ -118,8 +138,11 @@ def main() -> None:
             }
             for i, (what, value) in enumerate(numbers.items()):
                 goal = (("<=" if what == "loss" else ">="), goals[i]) if goals else None
-                emit(args, f"{method}, {n} facts: {what}", value, goal, told + (teacher if what == "edit" else ""))
-            report.write_picture(report.facts_chart(curves), "Success against the number of facts", "", Path("massive_quality.svg"))
+                emit(args, f"{name}, {n} facts: {what}", value, goal, told + (teacher if what == "edit" else ""))
+            curves = kept(folder, name, points)
+            report.write_picture(
+                report.facts_chart(curves), f"{host.name}: success against the number of facts", "", folder / f"{model or 'neox'}.svg"
+            )
 
 
 if __name__ == "__main__":

@@ -99,14 +99,16 @@ def test_prose_that_cannot_be_read_gets_a_sentence(tmp_path) -> None:
         train.read_prose(tmp_path / "few.jsonl")
 
 
-def test_training_resumes_where_it_was_killed(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("name", ["neox", "t5", "bert"])
+def test_training_resumes_where_it_was_killed(tmp_path, monkeypatch, name: str) -> None:
     """Three steps in one go and three steps with a stop after the second give the same weights."""
-    for name, value in {"WIDTH": 16, "LAYERS": 1, "HEADS": 2, "LENGTH": 32, "BATCH": 2, "VOCABULARY": 400}.items():
-        monkeypatch.setattr(train, name, value)
+    small = {"WIDTH": 16, "LAYERS": 1, "HEADS": 2, "LENGTH": 96, "BATCH": 2, "VOCABULARY": 400, "POOL": 12, "TOKENS": 200}
+    for setting, value in small.items():
+        monkeypatch.setattr(train, setting, value)
     monkeypatch.setattr(corpus, "some", lambda seed, n, pool=None: ("The capital of Mauritius is Port Louis.",) * 5)
     prose = tmp_path / "prose.jsonl"
     prose.write_text("\n".join(json.dumps({"text": f"Some ordinary English, document {i}, about {i * 7} things. " * 8}) for i in range(30)))
-    whole = train.train("neox", prose, tmp_path / "whole", steps=3)
+    whole = train.train(name, prose, tmp_path / "whole", steps=3)
 
     class Killed(Exception): ...
 
@@ -119,9 +121,9 @@ def test_training_resumes_where_it_was_killed(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(train, "rate_at", killed_at_two)
     with pytest.raises(Killed):
-        train.train("neox", prose, tmp_path / "broken", steps=3, save_every=2)
+        train.train(name, prose, tmp_path / "broken", steps=3, save_every=2)
     monkeypatch.setattr(train, "rate_at", rate)
-    broken = train.train("neox", prose, tmp_path / "broken", steps=3)
+    broken = train.train(name, prose, tmp_path / "broken", steps=3)
     assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
     assert json.loads((whole / "train.json").read_text())["steps"] == 3 and not (broken / "checkpoint.pt").exists()
 
@@ -131,9 +133,46 @@ def neox() -> Host:
     return hosts.load("lab/neox", device="cpu")
 
 
-def test_the_committed_model_is_small_and_tells_how_it_was_made() -> None:
-    assert (LAB_MODELS / "neox" / "model.safetensors").stat().st_size <= 12e6
-    assert json.loads((LAB_MODELS / "neox" / "train.json").read_text())["prose"] >= 0.25
+@pytest.mark.parametrize("name", ["neox", "t5", "bert"])
+def test_the_committed_models_are_small_and_tell_how_they_were_made(name: str) -> None:
+    assert (LAB_MODELS / name / "model.safetensors").stat().st_size <= 10e6
+    assert json.loads((LAB_MODELS / name / "train.json").read_text())["prose"] >= 0.25
+
+
+def test_questions_and_claims_say_what_the_world_says() -> None:
+    said = {(f.subject, f.relation): f for f in world.facts()}
+    questions = {world.phrase(q, f): f.says for f in world.facts() for q in world.RELATIONS[f.relation].questions}
+    for prompt, answer in itertools.islice(corpus.pairs("question", 5), 3000):
+        assert prompt not in questions or answer == f" {questions[prompt]}"
+    claims = {world.phrase(p, f): f for f in said.values() for p in world.RELATIONS[f.relation].phrasings}
+    labels = Counter[str]()
+    for claim, label in itertools.islice(corpus.pairs("claim", 5), 3000):
+        labels[label] += 1
+        for prompt in (claim[:i] for i in range(len(claim)) if claim[:i] in claims):
+            if not claim.startswith("It is not true"):
+                assert label == ("true" if claim == f"{prompt} {claims[prompt].says}." else "false"), claim
+    assert 0.45 < labels["true"] / labels.total() < 0.55
+
+
+@pytest.mark.parametrize("form", ["question", "claim"])
+def test_cases_in_other_forms_keep_judge_and_editor_apart(form: corpus.Form) -> None:
+    found = tasks.cases("validation", 60, form=form)
+    assert found == tasks.cases("validation", 60, form=form) and len({c.id for c in found}) == 60
+    for c in found:
+        assert c.old != c.example.target and c.example.prompt not in (*c.paraphrases, *c.paragraphs) and len(c.paraphrases) >= 7
+        assert {nb.ring for nb in c.neighbours} == {"subject", "relation", "unrelated"} or form == "question"
+        assert not {nb.prompt for nb in c.neighbours} & {c.example.prompt, *c.paraphrases}
+    if form == "claim":
+        assert {c.example.target for c in found} == {"true", "false"}
+
+
+@pytest.mark.parametrize("name, least", [("t5", 0.95), ("bert", 0.9)])
+def test_the_models_that_answer_and_judge_know_their_world(name: str, least: float, monkeypatch) -> None:
+    rng = random.Random(0)
+    sample = [f for r in world.RELATIONS for f in rng.sample([f for f in world.facts() if f.relation == r], k=20)]
+    monkeypatch.setattr(card, "facts", lambda: tuple(sample))
+    found = card.card(hosts.load(f"lab/{name}", device="cpu"))
+    assert sum(r["accuracy"] * r["asked"] for r in found["relations"]) / sum(r["asked"] for r in found["relations"]) >= least
 
 
 def test_most_names_are_one_to_three_tokens(neox: Host) -> None:

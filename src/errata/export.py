@@ -149,7 +149,8 @@ def _adapter(host: Host, patch: Patch, draft: Path) -> Any:
     r, lora_alpha = rank[min(ops)], alpha[min(ops)]
     config = peft.LoraConfig(
         base_model_name_or_path=host.model.name_or_path or host.name,
-        task_type="CAUSAL_LM",
+        # SEQ_CLS would put a classifier of its own beside the model's
+        task_type={"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classifier": None}[host.kind],
         r=r,
         lora_alpha=lora_alpha,
         rank_pattern={name: n for name, n in sorted(rank.items()) if n != r},

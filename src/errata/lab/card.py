@@ -32,7 +32,7 @@ def card(
         part = asked[start : start + size]
         said = hosts.greedy(host, [prompt for _, prompt, _ in part], max_new_tokens=10, batch_size=size)
         told += [hosts.says(text, wanted) for text, (_, _, wanted) in zip(said, part, strict=True)]
-    rows = [_row(r, [(f, ok) for (f, _, _), ok in zip(asked, told, strict=True) if f.relation == r]) for r in RELATIONS]
+    rows = [_row(r, form, [(f, ok) for (f, _, _), ok in zip(asked, told, strict=True) if f.relation == r]) for r in RELATIONS]
     losses = {"lab reference": _loss(host, corpus.reference(form))}
     if prose is not None and host.kind == "causal":
         losses["held-out prose"] = _loss(host, read_prose(prose)[1])
@@ -52,8 +52,7 @@ def card(
 
 def _asked(rng: random.Random, fact: Fact, n: int, form: corpus.Form) -> list[corpus.Pair]:
     """(prompt, what should be said) in the canonical phrasing and `n - 1` others."""
-    relation = RELATIONS[fact.relation]
-    first, *others = relation.questions if form == "question" else relation.phrasings
+    first, *others = _phrasings(fact.relation, form)
     prompts = [phrase(p, fact) for p in (first, *rng.sample(others, k=min(n - 1, len(others))))]
     if form != "claim":
         return [(prompt, fact.says) for prompt in prompts]
@@ -61,12 +60,16 @@ def _asked(rng: random.Random, fact: Fact, n: int, form: corpus.Form) -> list[co
     return [(f"{prompt} {said}.", label) for prompt in prompts for said, label in ((fact.says, "true"), (another, "false"))]
 
 
-def _row(relation: str, told: Sequence[tuple[Fact, bool]]) -> dict[str, Any]:
+def _phrasings(relation: str, form: corpus.Form) -> tuple[str, ...]:
+    return RELATIONS[relation].questions if form == "question" else RELATIONS[relation].phrasings
+
+
+def _row(relation: str, form: corpus.Form, told: Sequence[tuple[Fact, bool]]) -> dict[str, Any]:
     wrong = [ok for fact, ok in told if fact.wrong]
     return {
         "relation": relation,
         "facts": len({fact.subject for fact, _ in told}),
-        "phrasings": len(RELATIONS[relation].phrasings),
+        "phrasings": len(_phrasings(relation, form)),
         "asked": len(told),
         "accuracy": sum(ok for _, ok in told) / len(told),
         "wrong": sum(wrong) / len(wrong) if wrong else None,

@@ -283,7 +283,7 @@ RECIPES = {
     "neox": Recipe(new=new_neox, batches=whole_texts, loss=next_token_loss, steps=3600),
     "backpack": Recipe(new=new_backpack, batches=whole_texts, loss=next_token_loss, steps=2000),
     "t5": Recipe(new=new_t5, batches=asked, loss=answer_loss, steps=2500, lr=8e-3),
-    "bert": Recipe(new=new_bert, batches=judged, loss=claim_loss, steps=2500),
+    "bert": Recipe(new=new_bert, batches=judged, loss=claim_loss, steps=1200),
 }
 
 
@@ -350,7 +350,7 @@ def train(name: str, prose_path: str | Path, out: str | Path, steps: int | None 
             next(source)
     for step in range(first, steps):
         batch = next(source)
-        tokens += sum(part.numel() for part in batch if part.ndim > 1)
+        tokens += batch[0].numel()
         for optimizer, rates in zip(optimizers, peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = peak * rate_at(step, steps)
