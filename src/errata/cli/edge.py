@@ -79,6 +79,12 @@ Reference = Annotated[
     Path | None,
     typer.Option(help="Text or JSONL file that the model must go on modelling. \\[default: the lab's, or sampled]", show_default=False),
 ]
+Engine = Annotated[str, typer.Option(help="local, or ray: its workers share what a method sums over examples, to the same bits.")]
+Workers = Annotated[int, typer.Option(min=1, help="How many, with --engine ray.")]
+Address = Annotated[
+    str | None,
+    typer.Option(envvar="RAY_ADDRESS", help="Of the Ray cluster. \\[default: one is started on this machine]", show_default=False),
+]
 LEDGER = Path("errata-ledger")
 
 app = typer.Typer(cls=Edge, name="errata", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")

@@ -27,7 +27,7 @@ from torch import Tensor
 from errata import hooks, hosts
 from errata.hosts import Host, Weights
 from errata.methods._descend import PASS, Row, goal_losses
-from errata.types import Example, Progress, Rows, WrongBase, no_progress
+from errata.types import Example, Progress, Rows, Spread, WrongBase, here, no_progress
 
 AT_ONCE = 64  # examples whose rows are in memory together
 FLOOR = 0.05  # of the root mean square deviation of all coordinates: one that hardly moves would become all that counts
@@ -41,11 +41,12 @@ def rows(
     progress: Progress = no_progress,
     everywhere: bool = False,
     weights: Weights | None = None,
+    spread: Spread = here,
 ) -> tuple[Rows, ...]:
     """The rows of each example, those of a contrast behind those of the target. `batch_size` examples are in memory at once, at most.
 
     `everywhere`: those of every token that something follows, not of those alone that predict an answer's. `weights` take the place of the
-    model's.
+    model's. `spread` maps over the batches.
 
     Raises InvalidExample for what cannot be encoded.
     """
@@ -53,18 +54,32 @@ def rows(
     out: dict[int, Rows] = {}
     longest = [max(own, key=lambda row: len(row[0])) for own in encoded]
     groups = [group[start : start + batch_size] for group in hosts.by_length(longest, PASS) for start in range(0, len(group), batch_size)]
-    for group in progress(groups, "reading value gradients", len(groups)):
-        own = [encoded[i] for i in group]
+    batches = [([examples[i] for i in group], [encoded[i] for i in group]) for group in groups]
+    found = spread(host, _taking, batches, (list(modules), everywhere, weights))
+    for group, own in progress(zip(groups, found, strict=True), "reading value gradients", len(groups)):
+        out |= zip(group, own, strict=True)
+    return tuple(out[i] for i in range(len(examples)))
+
+
+def _taking(host: Host, shared: tuple[list[str], bool, Weights | None]) -> Callable[[tuple[list[Example], list[list[Row]]]], list[Rows]]:
+    """What takes the rows of one batch: of its examples, and of the tokens of each one's answers."""
+    modules, everywhere, weights = shared
+
+    def take(batch: tuple[list[Example], list[list[Row]]]) -> list[Rows]:
+        examples, own = batch
         flat = [row for rows_ in own for row in rows_]
-        parts = captured(host, flat, modules, _summed_loss([examples[i] for i in group], own), everywhere, weights)
+        parts = captured(host, flat, modules, _summed_loss(examples, own), everywhere, weights)
         counts = [sum(len(ids) - (1 if everywhere else max(given, 1)) for ids, given in rows_) for rows_ in own]
         keys = {m: torch.split(k.float().cpu(), counts) for m, (k, _) in parts.items()}
         values = {m: torch.split(v.float().cpu(), counts) for m, (_, v) in parts.items()}
-        for j, i in enumerate(group):
+        out = []
+        for j, e in enumerate(examples):
             # clones, for a part of a split keeps the whole in memory
             key, value = ({m: parts_[j].clone() for m, parts_ in both.items()} for both in (keys, values))
-            out[i] = Rows(host=host.id, example=examples[i], keys=key, values=value)
-    return tuple(out[i] for i in range(len(examples)))
+            out.append(Rows(host=host.id, example=e, keys=key, values=value))
+        return out
+
+    return take
 
 
 def some(examples: Sequence[Example]) -> Iterator[tuple[Example, ...]]:
