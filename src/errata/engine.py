@@ -171,8 +171,8 @@ class _Crew:
         self.leave()
         kept = {"max_restarts": -1, "max_task_retries": RETRIES, "num_cpus": self.threads, "num_gpus": gpus}
         name = str(Path(host.name).resolve()) if Path(host.name).is_dir() else host.name
-        made = self.ray.remote(**kept)(Worker)
-        self.members = [made.remote(name, host.id, host.model.dtype, host.device.type, self.threads) for _ in range(self.workers)]
+        made, split = self.ray.remote(**kept)(Worker), getattr(host.model, "hf_device_map", None)
+        self.members = [made.remote(name, host.id, host.model.dtype, host.device.type, self.threads, split) for _ in range(self.workers)]
         self.host = host.id
 
     def _gpus(self, host: Host) -> float:
@@ -186,8 +186,8 @@ class _Crew:
 class Worker:
     """One process of a crew: the model, and what is to be done with each shard."""
 
-    def __init__(self, name: str, id: str, dtype: torch.dtype, device: str, threads: int) -> None:
-        self.name, self.id, self.dtype, self.device, self.threads = name, id, dtype, device, threads
+    def __init__(self, name: str, id: str, dtype: torch.dtype, device: str, threads: int, split: Mapping[str, Any] | None = None) -> None:
+        self.name, self.id, self.dtype, self.device, self.threads, self.split = name, id, dtype, device, threads, split
         self.host: Host | None = None
         self.begun: tuple[Any, Any] = (None, None)  # (where it came from, what is done with each shard)
 
@@ -205,7 +205,7 @@ class Worker:
     def _loaded(self) -> Host:
         # as many threads as the driver has: how many share a sum decides about its last digits
         torch.set_num_threads(self.threads)
-        host = hosts.load(self.name, self.device, self.dtype)
+        host = hosts.load(self.name, self.device, self.dtype, self.split)
         if host.id != self.id:
             raise WrongBase(f"{self.name} has the weights {self.id} here, and {host.id} where a worker loads it. Give both the same files.")
         self.host = host

@@ -90,6 +90,11 @@ class MissingExtra(EditError, ImportError): ...
 
 def digest(*parts: bytes | str) -> str:
     """Content name of `parts`: BLAKE2b over each part with its length in front, so that ("ab", "c") is not ("a", "bc")."""
+    return digest_of(parts)
+
+
+def digest_of(parts: Iterable[bytes | str]) -> str:
+    """`digest` of parts that need not be in memory together."""
     h = hashlib.blake2b(digest_size=16)
     for part in parts:
         raw = part.encode() if isinstance(part, str) else part

@@ -141,7 +141,9 @@ def captured(
             logp_NT = hosts.scored_logprobs(host, batch, still)
         found = torch.autograd.grad(loss(logp_NT.sum(1)), [outputs[module] for module in modules])
     at_NT = (batch.mask_NT.bool() if everywhere else said_NT)[:, 1:]
-    return {m: (keys[m][:, :-1][at_NT].detach(), v[:, :-1][at_NT]) for m, v in zip(modules, found, strict=True)}
+    # of a model that is split each module may be on a device of its own
+    there = {m: (keys[m].detach().to(host.device), v.to(host.device)) for m, v in zip(modules, found, strict=True)}
+    return {m: (k[:, :-1][at_NT], v[:, :-1][at_NT]) for m, (k, v) in there.items()}
 
 
 def of_text(host: Host, texts: Sequence[str], modules: Sequence[str], tokens: int) -> dict[str, tuple["Moments", "Moments"]]:

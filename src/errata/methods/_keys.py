@@ -216,7 +216,7 @@ def spread(
                     break
             missing_DP = ((goal_PD - h_PD) * in_P.unsqueeze(1) / (len(layers) - i)).T
             parts[layer].append((solve(known[layer], key_PK.T), missing_DP))
-            base = host.model.get_parameter(f"{module}.weight").detach()
+            base = hosts.weight(host.model, f"{module}.weight")
             weights[f"{module}.weight"] = (base.float() + _product(host, module, parts[layer])).to(base.dtype)
     ops = [_op(host, layer, parts[layer]) for layer in layers]
     return tuple(ops), weights
@@ -249,7 +249,7 @@ def of_sums(
     ops, weights = list[Op](), Weights()
     for module, (total, unit) in sums.items():
         solved = _normal.solve(total, lam * unit)
-        name, base = f"{module}.weight", host.model.get_parameter(f"{module}.weight").detach()
+        name, base = f"{module}.weight", hosts.weight(host.model, f"{module}.weight")
         change = solved.shift if stored_transposed(host.model.get_submodule(module)) else solved.shift.T
         change = change + onto[module] if module in onto else change
         weights[name] = (base.float() + change.float()).to(base.dtype)

@@ -406,9 +406,8 @@ def together(
 
 def outputs(host: Host, module: str, keys_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N V"]:
     """What the module gives for these keys, but for its bias."""
-    part = host.model.get_submodule(module)
-    W = part.weight.detach().to(keys_NK)
-    given_NV: Tensor = keys_NK @ (W if stored_transposed(part) else W.T)
+    W = hosts.weight(host.model, f"{module}.weight").to(keys_NK)
+    given_NV: Tensor = keys_NK @ (W if _turned(host, module) else W.T)
     return given_NV
 
 
@@ -492,7 +491,7 @@ def _measuring(host: Host, shared: Measuring) -> Callable[[Batch], tuple[int, fl
     still = {name: w.detach() for name, w in host.model.named_parameters()}
     leaves: dict[str, Tensor] = {}
     for module, S_KV in shared.shifts.items():
-        base = still[f"{module}.weight"]
+        base = hosts.weight(host.model, f"{module}.weight")
         exact = base.to(torch.promote_types(base.dtype, torch.float32))  # a gradient in bf16 would lose what the batches add
         delta = S_KV if _turned(host, module) else S_KV.T
         leaves[module] = (exact + delta.to(exact)).requires_grad_(shared.learn)

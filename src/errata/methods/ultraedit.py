@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from errata import text
+from errata import hosts, text
 from errata.hosts import Host, stored_transposed
 from errata.methods import _gradients, _kept, _keys, _normal
 from errata.methods._gradients import Moments
@@ -147,9 +147,8 @@ def differences(k: Moments, v: Moments, keys_NK: Float[Tensor, "N K"], v_NV: Flo
 
 def _usual_output(host: Host, module: str, C_KK: Float[Tensor, "K K"]) -> float:
     """The root mean square length of k W over text, which is tr(W^T C W)."""
-    part = host.model.get_submodule(module)
-    W_KV = part.weight.detach().to(C_KK)
-    W_KV = W_KV if stored_transposed(part) else W_KV.T
+    W_KV = hosts.weight(host.model, f"{module}.weight").to(C_KK)
+    W_KV = W_KV if stored_transposed(host.model.get_submodule(module)) else W_KV.T
     return float((W_KV * (C_KK @ W_KV)).sum().sqrt())
 
 
