@@ -114,6 +114,13 @@ def test_without_ray_the_install_line_is_said(monkeypatch: pytest.MonkeyPatch) -
         pass
 
 
+def test_a_cluster_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    for address in ("127.0.0.1:9", "ray://127.0.0.1:9"):
+        with pytest.raises(EngineError, match=f"No Ray cluster to be had at {address}: .*refused"), engine.on_ray(address=address):
+            pass
+
+
 def test_an_engine_is_local_or_ray() -> None:
     with engine.chosen("local") as spread:
         assert spread is here

@@ -38,3 +38,7 @@ def sleeping(_host: Any, shared: int) -> Callable[[float], tuple[float, int]]:
         return seconds, shared
 
     return sleep
+
+
+def fatal(_host: Any, _shared: Any) -> Callable[[Any], Any]:
+    return lambda _: os.kill(os.getpid(), signal.SIGKILL)

@@ -11,6 +11,7 @@ anew, and is given its shards again. Nothing here knows a method or what a shard
 
 import io
 import os
+import socket
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ AHEAD = 2  # shards that a worker has at once: one to do, and one so that it nee
 KEPT = 4  # results for each worker, at most, that wait for an earlier one
 # of a Ray that is started here: it would send usage over the network, and give way to every other program
 RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+PATIENCE = 10  # seconds until a cluster must have answered
 RETRIES = 5  # times that a shard is given again after its worker died: one that kills every worker must not go on for ever
 
 
@@ -86,12 +88,20 @@ def _join(ray: Any, cores: int, address: str | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
         if address:
+            _reach(address)
             ray.init(address=address, **quiet)
         else:
             with _environment(RAY):
                 ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as e:
+    except (OSError, ValueError, RuntimeError) as e:
         raise EngineError(f"No Ray cluster to be had {f'at {address}' if address else 'on this machine'}: {e}") from e
+
+
+def _reach(address: str) -> None:
+    """Raises OSError if nobody is there: Ray would try for minutes."""
+    where, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((where, int(port)), PATIENCE).close()
 
 
 @contextmanager
