@@ -841,3 +841,17 @@ def test_prepare_goes_on_after_a_kill(place: Place, reference: Path, training: P
     half.write_bytes(half.read_bytes()[:-5])
     assert "cut short" in one_sentence(place(*learn).err)
     assert place(*learn, "--afresh", "--json").data["state"] == whole and not half.exists()
+
+
+def test_a_model_is_split_as_a_device_map_says(models: Path, tmp_path: Path) -> None:
+    """It is the same model: a ledger about the whole one is about it too."""
+    at, init = tmp_path / "map.json", ("--host", models / "gpt2", "--device")
+    split = {f"transformer.{part}": "cpu" for part in ("wte", "wpe", "h.0", "ln_f")} | {"transformer.h.1": "disk", "lm_head": "cpu"}
+    at.write_text(json.dumps(split))
+    made = [run("init", tmp_path / f"ledger{i}", *init, device, "--json") for i, device in enumerate((at, "auto", "cpu"))]
+    assert [done.status for done in made] == [0, 0, 0], made
+    assert len({done.data["host"] for done in made}) == 1
+    for text, told in (("{", "is no JSON"), ("[]", "is no device map"), ('{"lm_head": "nowhere"}', "with this device map")):
+        at.write_text(text)
+        done = run("init", tmp_path / "none", *init, at)
+        assert done.status == 1 and told in one_sentence(done.err)

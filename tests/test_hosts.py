@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 from conftest import CONTEXT, FAMILIES, READERS, TEXT, same_bits, tiny_host, tiny_model, tiny_tokenizer, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_meta import CASES, mend
 from torch import nn
 
 from errata import hosts
+from errata.apply import applied, put_on
 from errata.hosts import (
     LAYOUTS,
     Batch,
@@ -36,8 +39,21 @@ from errata.hosts import (
     tokens,
     weights_id,
 )
+from errata.methods.ultraedit import Ultraedit
 from errata.text import sampled
-from errata.types import Example, InvalidExample, InvalidReference, UnknownArchitecture, UnknownName, WrongBase
+from errata.types import (
+    Add,
+    Budget,
+    Example,
+    InvalidExample,
+    InvalidReference,
+    MissingExtra,
+    Patch,
+    Run,
+    UnknownArchitecture,
+    UnknownName,
+    WrongBase,
+)
 
 every_family = pytest.mark.parametrize("host", FAMILIES, indirect=True)
 
@@ -673,3 +689,95 @@ def test_a_bert_without_its_classifier_is_refused(tmp_path: Path) -> None:
     host.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UnknownName, match="weights are not in the files, among them classifier"):
         load(str(tmp_path), device="cpu")
+
+
+# ------------------------------------------------------------------------------------------------------------- split over several places
+
+SPLITS: dict[str, dict[str, str]] = {
+    "gpt2": {f"transformer.{part}": where for part, where in (("wte", "cpu"), ("wpe", "disk"), ("h.0", "cpu"), ("h.1", "disk"))}
+    | {"transformer.ln_f": "disk", "lm_head": "cpu"},
+    "llama": {f"model.{part}": "disk" for part in ("embed_tokens", "layers.1")}
+    | {f"model.{part}": "cpu" for part in ("layers.0", "norm", "rotary_emb")}
+    | {"lm_head": "disk"},
+}
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def whole_and_split(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Host, Host]:
+    """A saved model as it is, and over the CPU and the disk: a half of its blocks is nowhere but while it is used."""
+    tiny = tiny_host(request.param)
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    whole, split = load(str(tmp_path), "cpu"), load(str(tmp_path), "cpu", device_map=SPLITS[request.param])
+    assert all(p.is_meta for p in split.model.get_submodule(split.layout.blocks)[1].parameters())
+    return whole, split
+
+
+def test_a_split_model_is_the_model(whole_and_split: tuple[Host, Host]) -> None:
+    whole, split = whole_and_split
+    assert split.id == whole.id and split.device == whole.device
+    batch = hosts.pad(
+        whole, [hosts.encode(whole, "The capital of Mauritius is", " Port Louis"), hosts.encode(whole, "Paris is in", " France")]
+    )
+    assert torch.equal(hosts.logits(split, batch), hosts.logits(whole, batch))
+    assert hosts.greedy(split, TEXT[:2]) == hosts.greedy(whole, TEXT[:2])
+    assert torch.equal(hosts.logprobs(split, [("Paris is in", " France")]), hosts.logprobs(whole, [("Paris is in", " France")]))
+
+
+def test_weights_in_the_place_of_those_that_are_elsewhere(whole_and_split: tuple[Host, Host]) -> None:
+    """They count, and so does their gradient; afterwards the model is what it was."""
+    whole, split = whole_and_split
+    batch = hosts.pad(whole, [hosts.encode(whole, "The capital of Mauritius is", " Port Louis")])
+    found = []
+    for host in (whole, split):
+        names = [f"{m}.weight" for m in host.module_names((host.layout.mlp_out,))]
+        leaves = {name: (1.5 * hosts.weight(host.model, name)).requires_grad_() for name in names}
+        still = {name: p.detach() for name, p in host.model.named_parameters()}
+        logp_NT = hosts.scored_logprobs(host, batch, still | leaves)
+        found.append((logp_NT.detach(), *torch.autograd.grad(logp_NT.sum(), list(leaves.values()))))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and found[0][2].any()
+    plain_NT = hosts.scored_logprobs(whole, batch)
+    assert torch.equal(hosts.scored_logprobs(split, batch), plain_NT) and not torch.equal(found[0][0], plain_NT)
+
+
+def test_an_edit_of_a_split_model_is_that_of_the_model(whole_and_split: tuple[Host, Host]) -> None:
+    whole, split = whole_and_split
+    examples = tuple(Example(prompt=f"Town {i} lies in the land of", target=" Port Louis") for i in range(5))
+    run = Run(hold=TEXT, budget=Budget(epsilon=10.0))
+    method = Ultraedit(layers="0-1", held=4)
+    assert method.edit(split, examples, run).id == method.edit(whole, examples, run).id
+    assert mend().prepare(split, CASES, run).id == mend().prepare(whole, CASES, run).id
+
+
+def test_a_patch_goes_on_where_a_weight_stays_and_is_refused_where_it_does_not(whole_and_split: tuple[Host, Host]) -> None:
+    whole, split = whole_and_split
+    low, high = (f"{m}.weight" for m in split.module_names((split.layout.mlp_out,)))
+    change = torch.ones_like(hosts.weight(whole.model, low))
+    patches = [Patch(method="x", config={}, parent=whole.id, examples=(), ops=(Add(weight=w, delta=change),)) for w in (low, high)]
+    batch = hosts.pad(whole, [hosts.encode(whole, "Paris is in", " France")])
+    with applied(whole, patches[0]), applied(split, patches[0]):
+        assert torch.equal(hosts.logits(split, batch), hosts.logits(whole, batch))
+    with pytest.raises(WrongBase, match="keeps elsewhere and reads when it is used.* Load the model with a device map"):
+        put_on(split, patches[1])
+
+
+def test_a_model_that_is_on_the_disk_alone_and_a_device_map_that_cannot_be(tmp_path: Path) -> None:
+    """Its embedding and its head, one tensor in a whole one, are one here too: in the id, and where others take their place."""
+    tiny = tiny_host("gpt2")
+    tiny.model.to(torch.bfloat16).save_pretrained(tmp_path)  # what it is read as is not what the files hold
+    tiny.tokenizer.save_pretrained(tmp_path)
+    whole, split = load(str(tmp_path), "cpu"), load(str(tmp_path), "cpu", device_map={"": "disk"})
+    assert split.id == whole.id == weights_id(split.model) and all(p.is_meta for p in split.model.parameters())
+    batch = pad(whole, [encode(whole, "Paris is in", " France")])
+    values = {"transformer.wte.weight": 1.5 * hosts.weight(whole.model, "transformer.wte.weight")}
+    for weights in (None, values):
+        assert torch.equal(hosts.logits(split, batch, weights), hosts.logits(whole, batch, weights))
+    for wrong in ({"transformer.wte": "cpu", "lm_head": "disk"}, {"": "nowhere"}, "atuo"):
+        with pytest.raises(UnknownName, match="with this device map"):
+            load(str(tmp_path), "cpu", device_map=wrong)
+
+
+def test_without_accelerate_the_install_line_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(MissingExtra, match=r'pip install "errata\[large\]"'):
+        load("lab/neox", "cpu", device_map="auto")

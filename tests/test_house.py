@@ -16,7 +16,7 @@ ORDER = (
     ("lab.corpus",),
     ("artefact",),
     ("hosts",),
-    ("hooks",),
+    ("hooks", "engine"),
     ("text",),
     ("methods",),
     ("apply",),

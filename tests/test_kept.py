@@ -26,9 +26,9 @@ class Book:
         self.taken: list[int] = []
         rows = _gradients.rows
 
-        def counted(host: Host, examples: tuple[Example, ...], *rest: object) -> tuple[Rows, ...]:
+        def counted(host: Host, examples: tuple[Example, ...], *rest: object, **named: object) -> tuple[Rows, ...]:
             self.taken.append(len(examples))
-            return rows(host, examples, *rest)  # type: ignore[arg-type]
+            return rows(host, examples, *rest, **named)  # type: ignore[arg-type]
 
         monkeypatch.setattr(_gradients, "rows", counted)
 

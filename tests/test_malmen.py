@@ -130,7 +130,9 @@ def test_the_round_that_uses_the_budget_is_the_last(tiny_llama: Host) -> None:
 
 
 def test_rows_of_all_tokens(tiny_gpt2: Host) -> None:
-    answer, every = (malmen(tokens=t)._rows(tiny_gpt2, EXAMPLES[:2], ["transformer.h.1.mlp.c_proj"], {}, RUN) for t in ("answer", "all"))
+    answer, every = (
+        malmen(tokens=t)._rows(tiny_gpt2, EXAMPLES[:2], ["transformer.h.1.mlp.c_proj"], {}, RUN.progress) for t in ("answer", "all")
+    )
     for e, few, many in zip(EXAMPLES[:2], answer, every, strict=True):
         ids, given = hosts.encode(tiny_gpt2, e.prompt, e.target)
         for few_x, many_x in ((few.keys, many.keys), (few.values, many.values)):
@@ -185,11 +187,11 @@ def test_phrasings_that_the_text_has_are_kept_by_kind(tiny_gpt2: Host, monkeypat
 def test_the_rows_of_other_ways_stand_behind_those_of_the_prompt_and_depend_on_no_other_example(host: Host) -> None:
     ways = {"The capital of \0 is": ["\0 has its capital in"]}
     modules = _meta.modules_of(host, "")
-    plain = malmen()._rows(host, EXAMPLES[:2], modules, {}, RUN)
-    both = malmen()._rows(host, EXAMPLES[:2], modules, ways, RUN)
-    (alone,) = malmen()._rows(host, EXAMPLES[1:2], modules, ways, RUN)
+    plain = malmen()._rows(host, EXAMPLES[:2], modules, {}, RUN.progress)
+    both = malmen()._rows(host, EXAMPLES[:2], modules, ways, RUN.progress)
+    (alone,) = malmen()._rows(host, EXAMPLES[1:2], modules, ways, RUN.progress)
     other = dataclasses.replace(EXAMPLES[1], prompt="France has its capital in")
-    (more,) = malmen()._rows(host, (other,), modules, {}, RUN)
+    (more,) = malmen()._rows(host, (other,), modules, {}, RUN.progress)
     for m in modules:
         torch.testing.assert_close(both[1].keys[m], torch.cat([plain[1].keys[m], more.keys[m]]), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(both[1].values[m], alone.values[m], rtol=1e-4, atol=1e-6)

@@ -17,7 +17,7 @@ from errata.methods import _hyper, _meta
 from errata.methods._descend import ENOUGH, goal_losses
 from errata.methods.malmen import Malmen
 from errata.methods.mend import Mend
-from errata.types import Case, Example, InvalidExample, Neighbour, Run, State, UnknownName, WrongBase
+from errata.types import Case, Example, InvalidExample, Neighbour, Run, Spread, State, UnknownName, WrongBase
 
 NAMES = (("Mauritius", " Port Louis"), ("France", " Paris"), ("Italy", " park"), ("Togo", " dog"), ("Kenya", " late"), ("Peru", " he"))
 CASES = tuple(
@@ -201,8 +201,8 @@ def test_after_a_kill_it_goes_on_as_if_there_had_been_none(
 def test_a_step_that_is_not_finite_is_dropped_and_counted(tiny_llama: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     true, steps = _meta.measured, [0]
 
-    def spoiled(host: Host, asked: _meta.Asked, shifts: Any, s: _meta.Settings, learn: bool) -> Any:
-        losses, grads = true(host, asked, shifts, s, learn)
+    def spoiled(host: Host, asked: _meta.Asked, shifts: Any, s: _meta.Settings, learn: bool, spread: Spread) -> Any:
+        losses, grads = true(host, asked, shifts, s, learn, spread)
         steps[0] += learn
         if learn and steps[0] == 2:
             grads = {m: g * math.nan for m, g in grads.items()}
@@ -232,7 +232,7 @@ def test_what_should_stay_states_no_edited_fact(tiny_gpt2: Host) -> None:
     lesson = _meta.Lesson(
         name="malmen",
         modules=_meta.modules_of(tiny_gpt2, ""),
-        rows=lambda examples: method._rows(tiny_gpt2, examples, _meta.modules_of(tiny_gpt2, ""), {}, RUN),
+        rows=lambda examples: method._rows(tiny_gpt2, examples, _meta.modules_of(tiny_gpt2, ""), {}, RUN.progress),
         moved=method._differences,
         merge=method._merge({}),
         config={},
@@ -283,7 +283,7 @@ def test_too_few_cases_and_settings_that_cannot_be(tiny_llama: Host) -> None:
 def test_published_gradients_are_means_over_the_tokens_of_a_batch(tiny_gpt2: Host) -> None:
     method, examples = malmen(), tuple(c.example for c in CASES[:3])
     modules = _meta.modules_of(tiny_gpt2, "")
-    rows = method._rows(tiny_gpt2, examples, modules, {}, RUN)
+    rows = method._rows(tiny_gpt2, examples, modules, {}, RUN.progress)
     m = modules[-1]
     tokens = [len(r.keys[m]) for r in rows]
     sums, means = (_meta.together(tiny_gpt2, rows, modules, means_of=n)[m] for n in (None, 2))

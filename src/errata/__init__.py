@@ -29,6 +29,7 @@ _ROOMS = {
     "load": "hosts",
     "load_patch": "artefact",
     "logits_processor": "processor",
+    "on_ray": "engine",
     "put_on": "apply",
     "save": "artefact",
     "take_off": "apply",

@@ -135,6 +135,11 @@ def _checked(host: Host, patch: Patch, places: _Places) -> list[_Target]:
         if op.weight not in places:
             raise InvalidPatch(f"Patch {patch.id} changes '{op.weight}', which {host.name} does not have.")
         target = _target(op, places)
+        if target.parameter.is_meta:
+            raise WrongBase(
+                f"Patch {patch.id} changes '{op.weight}', which {host.name} keeps elsewhere and reads when it is used: it cannot be put on "
+                f"there. Load the model with a device map in which that module is on a device, or whole."
+            )
         if (other := met.setdefault(target.parameter, op.weight)) != op.weight:
             raise InvalidPatch(f"Patch {patch.id} changes '{other}' and '{op.weight}', which are one tied tensor in {host.name}.")
         if (shape := target.shape) != (stored := tuple(target.parameter.shape)):

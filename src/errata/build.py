@@ -20,9 +20,11 @@ from errata.types import (
     Patch,
     Progress,
     Run,
+    Spread,
     State,
     Verdict,
     forget,
+    here,
     no_progress,
 )
 
@@ -66,6 +68,7 @@ def edit(
     sums: State | None = None,
     keep: Callable[[State], None] = forget,
     progress: Progress = no_progress,
+    spread: Spread = here,
     **settings: Any,
 ) -> tuple[Patch, Verdict]:
     """A patch that fixes `examples` (or "prompt|target" strings) inside the budget, and the gate's verdict on it.
@@ -73,14 +76,17 @@ def edit(
     `reference` is a text or JSONL file, half of which holds the model still while the other half judges; without it the lab's own text
     or, for other models, text sampled from the model serves. `watched` are prompts whose answers the gate
     compares. `state` is what `method.prepare` returned, for a method that learns first. `keep` gets the sums that a method of sums has
-    made, with which as `sums` the next edit reads only the examples that came or went. `settings` are the method's hyper-parameters, unless
+    made, with which as `sums` the next edit reads only the examples that came or went. `spread` is where the work of a method of sums is
+    done: here, or as `on_ray` gives it. `settings` are the method's hyper-parameters, unless
     `method` is one already. The host is left bit-identical.
     Look at `verdict.passed`: a patch that could not be made to fit comes back too, with the reason in `verdict.failures`.
 
     Raises InvalidExample, ConflictError, UnknownName, InvalidReference, BudgetError.
     """
     budget = budget or Budget(epsilon=epsilon)
-    ((patch, verdict),) = edit_within(host, examples, [budget], method, reference, watched, seed, progress, state, sums, keep, **settings)
+    ((patch, verdict),) = edit_within(
+        host, examples, [budget], method, reference, watched, seed, progress, state, sums, keep, spread, **settings
+    )
     return patch, verdict
 
 
@@ -96,6 +102,7 @@ def edit_within(
     state: State | None = None,
     sums: State | None = None,
     keep: Callable[[State], None] = forget,
+    spread: Spread = here,
     **settings: Any,
 ) -> list[tuple[Patch, Verdict]]:
     """`edit` for several budgets: built once, inside the widest of them; the gate scales it onto the edges of the others."""
@@ -106,6 +113,6 @@ def edit_within(
     judge, left_out = text.set_aside(judge, rows, text.answers_of(host, rows))
     base = gate.baseline(host, judge, left_out, watched)
     widest = max(budgets, key=lambda budget: budget.epsilon)
-    run = Run(hold=hold, budget=widest, keep=keep, seed=seed, state=state, sums=sums, progress=progress)
+    run = Run(hold=hold, budget=widest, keep=keep, seed=seed, state=state, sums=sums, progress=progress, spread=spread)
     patch = made.edit(host, rows, run)
     return [gate.fit(host, patch, budget, base, progress=progress) for budget in budgets]

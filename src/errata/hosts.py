@@ -14,8 +14,11 @@ File legend: N texts or pairs, S tokens that an encoder reads, T tokens, V vocab
 
 import math
 import re
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, final
@@ -29,12 +32,13 @@ from errata.types import (
     Example,
     InvalidExample,
     InvalidReference,
+    MissingExtra,
     Patch,
     Senses,
     UnknownArchitecture,
     UnknownName,
     WrongBase,
-    digest,
+    digest_of,
     tensor_bytes,
 )
 
@@ -272,8 +276,8 @@ class Host:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        """Where inputs go; of a model that is split, where its first part is that stays on a device."""
+        return next((p.device for p in self.model.parameters() if not p.is_meta), None) or find_device()
 
     @property
     def context(self) -> int:
@@ -309,12 +313,39 @@ def weights_id(model: nn.Module) -> str:
 
     Taken over float32 values, so that bf16 weights loaded as float32 keep their id.
     """
-    parts: list[bytes | str] = ["weights"]
     saved = model.state_dict()
     buffers = ((name, b) for name, b in model.named_buffers() if name in saved)
-    for name, p in sorted([*model.named_parameters(), *buffers], key=lambda named: named[0]):
-        parts += [name, str(tuple(p.shape)), tensor_bytes(p.float())]
-    return digest(*parts)
+
+    def parts() -> Iterator[bytes | str]:
+        yield "weights"
+        twice = _tied(model)
+        for name, p in sorted([*model.named_parameters(), *buffers], key=lambda named: named[0]):
+            if name in twice:
+                continue
+            yield from (name, str(tuple(p.shape)), tensor_bytes((weight(model, name) if p.is_meta else p).float()))
+
+    return digest_of(parts())
+
+
+def _tied(model: Any) -> Mapping[str, str]:
+    """{name of a parameter: the name under which it counts} in a model that is split: there the two are no longer one tensor."""
+    tied: Mapping[str, str] = model.all_tied_weights_keys if hasattr(model, "hf_device_map") else {}
+    return tied
+
+
+def weight(model: nn.Module, name: str) -> Tensor:
+    """The values of a parameter, also of one that a model which is split keeps elsewhere and reads when it is used. They ask for no
+    gradient, and are not to be written to."""
+    kept = model.get_parameter(name)
+    if not kept.is_meta:
+        return kept.detach()
+    from accelerate.utils import align_module_device
+
+    module, _, own = name.rpartition(".")
+    part = model.get_submodule(module)
+    with align_module_device(part):
+        read: Tensor = getattr(part, own).detach()
+    return read
 
 
 AUTO = {
@@ -360,11 +391,26 @@ def find_device(device: str | None = None) -> torch.device:
     return torch.device(device)
 
 
-def load(name: str, device: str | None = None, dtype: torch.dtype | None = None) -> Host:
+def load(name: str, device: str | None = None, dtype: torch.dtype | None = None, device_map: str | Mapping[str, Any] | None = None) -> Host:
     """Host from `lab/neox`, a local Hugging Face folder, or a hub id. float32 on a CPU, the checkpoint's own dtype elsewhere.
 
-    Raises UnknownName if there is no such model, UnknownArchitecture if there is no layout for it, WrongBase if a weight is not finite.
+    `device_map` splits a model that is larger than one device, by accelerate: "auto", or {module: a device, "cpu" or "disk"}. What is on
+    the disk, or on the CPU beside a GPU, is read whenever it is used. It can be asked, and rows can be taken on it, as if it were whole;
+    a patch can be put on those of its weights alone that stay where they are used.
+
+    Raises UnknownName if there is no such model, UnknownArchitecture if there is no layout for it, WrongBase if a weight is not finite,
+    MissingExtra if it is to be split without accelerate.
     """
+    split = _split(device_map)
+    try:
+        return _load(name, device, dtype, split)
+    except BaseException:
+        if split:
+            shutil.rmtree(split["offload_folder"], ignore_errors=True)
+        raise
+
+
+def _load(name: str, device: str | None, dtype: torch.dtype | None, split: dict[str, Any]) -> Host:
     import transformers
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoTokenizer
@@ -385,23 +431,40 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
         family = AutoConfig.from_pretrained(path).model_type
         auto = getattr(transformers, AUTO[LAYOUTS[family].kind if family in LAYOUTS else "causal"])
         model, read = auto.from_pretrained(
-            path, dtype=dtype or (torch.float32 if place.type == "cpu" else "auto"), output_loading_info=True
+            path, dtype=dtype or (torch.float32 if place.type == "cpu" else "auto"), output_loading_info=True, **split
         )
     except CheckpointError as e:
         raise UnknownName(f"Cannot load '{name}': {e}") from e
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:  # RuntimeError: shapes that the config does not give
         if "model type" in str(e) or "Unrecognized configuration" in str(e):
             raise UnknownArchitecture(f"'{name}' is not a language model that transformers can load: {e}") from e
+        if split and not isinstance(e, OSError):
+            raise UnknownName(f"Cannot load '{name}' with this device map: {str(e).rstrip('.')}. Give each part cpu, disk or a GPU.") from e
         where = (
             "an existing folder without a whole model in it" if Path(path).is_dir() else "no folder here, and no model that the hub gave"
         )
         raise UnknownName(f"Cannot load '{name}': {where}. Give lab/neox, a Hugging Face folder, or a hub id.") from e
     if missing := sorted(read["missing_keys"]):  # transformers would go on with random ones
         raise UnknownName(f"Cannot load '{name}': {len(missing)} of its weights are not in the files, among them {missing[0]}.")
-    for weight, tensor in model.named_parameters():
-        if not tensor.isfinite().all():
-            raise WrongBase(f"The weights of {name} are damaged: '{weight}' holds NaN or infinity. Load a sound copy.")
-    return host_of(model.to(place), tokenizer, name)
+    for parameter, _ in model.named_parameters():
+        if not weight(model, parameter).isfinite().all():
+            raise WrongBase(f"The weights of {name} are damaged: '{parameter}' holds NaN or infinity. Load a sound copy.")
+    if split:
+        weakref.finalize(model, shutil.rmtree, split["offload_folder"], ignore_errors=True)
+        model.requires_grad_(False)  # else what is read when it is used would be a leaf of every graph
+    return host_of(model if split else model.to(place), tokenizer, name)
+
+
+def _split(device_map: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """What `from_pretrained` is to be told of it; the folder takes what is on the disk in another precision than the model's files."""
+    if device_map is None:
+        return {}
+    try:
+        import accelerate  # noqa: F401
+    except ImportError as e:
+        raise MissingExtra('To split a model needs accelerate, which is not installed: pip install "errata[large]".') from e
+    plain = device_map if isinstance(device_map, str) else dict(device_map)
+    return {"device_map": plain, "offload_folder": tempfile.mkdtemp(prefix="errata-")}
 
 
 def beside(host: Host, name: str) -> Host:
@@ -589,9 +652,54 @@ def logits(host: Host, batch: Batch, weights: Weights | None = None) -> Float[Te
         given = {"input_ids": batch.read_NS, "attention_mask": batch.seen_NS}
     if host.kind == "seq2seq":
         given |= {"decoder_input_ids": batch.ids_NT, "decoder_attention_mask": batch.mask_NT, "use_cache": False}
-    said = host.model(**given) if weights is None else torch.func.functional_call(host.model, weights, args=(), kwargs=given)
+    if weights is None:
+        said = host.model(**given)
+    else:
+        with _instead(host.model, weights) as others:
+            said = torch.func.functional_call(host.model, others, args=(), kwargs=given)
     logits_NTV: Tensor = said.logits
     return logits_NTV.unsqueeze(1) if host.kind == "classifier" else logits_NTV
+
+
+@contextmanager
+def _instead(model: nn.Module, weights: Weights) -> Iterator[Weights]:
+    """Inside the block, those parameters of a model that is split which are read when they are used have the values of `weights` instead;
+    yields the others. A stand-in for what is elsewhere, as `named_parameters` gives it, means what is there."""
+    if not hasattr(model, "hf_device_map"):
+        yield weights
+        return
+    given = {**weights, **{name: weights[counts] for name, counts in _tied(model).items() if counts in weights}}
+    elsewhere = {name for name, p in model.named_parameters(remove_duplicate=False) if p.is_meta} & given.keys()
+    own: dict[str, dict[str, Tensor]] = {}
+    for name in elsewhere:
+        if not given[name].is_meta:
+            module, _, parameter = name.rpartition(".")
+            own.setdefault(module, {})[parameter] = given[name]
+    with ExitStack() as put:
+        for module, values in own.items():
+            put.enter_context(_valued(model.get_submodule(module), values))
+        yield {name: value for name, value in given.items() if name not in elsewhere}
+
+
+@contextmanager
+def _valued(module: Any, values: Weights) -> Iterator[None]:
+    """Accelerate reads the module's parameters and then calls `_old_forward`: behind the one and before the other is the place for others.
+    (Values given before, as `functional_call` does it, would be overwritten, and nobody would be told.)"""
+    forward = module._old_forward
+
+    def valued(*given: Any, **named: Any) -> Any:
+        read = {name: module._parameters[name] for name in values}
+        module._parameters.update(values)
+        try:
+            return forward(*given, **named)
+        finally:
+            module._parameters.update(read)
+
+    module._old_forward = valued
+    try:
+        yield
+    finally:
+        module._old_forward = forward
 
 
 def predictions(host: Host, batch: Batch, weights: Weights | None = None) -> Float[Tensor, "P V"]:

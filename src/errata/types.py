@@ -14,6 +14,7 @@ EditError                                what the user can act on; the CLI print
 ├── UnknownArchitecture (NotImplementedError)  no row in hosts.LAYOUTS
 ├── LedgerError       (OSError)          a ledger that is busy, damaged, or cannot be written
 ├── LeakError         (ValueError)       evaluation on a case that a state was trained on
+├── EngineError       (RuntimeError)     no workers to be had, or workers that die again and again
 └── MissingExtra      (ImportError)      an optional dependency that is not installed, with its install line
 """
 
@@ -23,7 +24,7 @@ import itertools
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, final, get_args, runtime_checkable
@@ -81,11 +82,19 @@ class LedgerError(EditError, OSError): ...
 class LeakError(EditError, ValueError): ...
 
 
+class EngineError(EditError, RuntimeError): ...
+
+
 class MissingExtra(EditError, ImportError): ...
 
 
 def digest(*parts: bytes | str) -> str:
     """Content name of `parts`: BLAKE2b over each part with its length in front, so that ("ab", "c") is not ("a", "bc")."""
+    return digest_of(parts)
+
+
+def digest_of(parts: Iterable[bytes | str]) -> str:
+    """`digest` of parts that need not be in memory together."""
     h = hashlib.blake2b(digest_size=16)
     for part in parts:
         raw = part.encode() if isinstance(part, str) else part
@@ -606,6 +615,15 @@ def forget(state: State) -> None:
     """The `Run.keep` that keeps nothing."""
 
 
+Begin = Callable[[Any, Any], Callable[[Any], Any]]  # (host, what all shards share) -> what is done with each shard
+Spread = Callable[[Any, Begin, Sequence[Any], Any], Iterator[Any]]  # (host, begin, shards, what they share) -> their results, in order
+
+
+def here(host: Any, begin: Begin, shards: Sequence[Any], shared: Any) -> Iterator[Any]:
+    """The `Run.spread` of one process: a shard's result is made when it is asked for."""
+    return map(begin(host, shared), shards)
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -616,6 +634,9 @@ class Run:
     keep       gets what a long `prepare` has so far, from time to time: an unfinished State, with which as `state` it goes on after a kill;
                and what an edit that is a sum has come to, as a State, which as `sums` makes the next one read only what has changed
     progress   wraps a loop: (items, label, total) -> the same items
+    spread     maps over shards, here or on the workers of `engine.py`: `begin`, the shards and what they share must be such as can be
+               pickled, and whoever adds the results up does so in the order of the shards, so that it is to the bit the same wherever they
+               were made
     """
 
     hold: tuple[str, ...] = ()
@@ -625,6 +646,12 @@ class Run:
     state: State | None = None
     sums: State | None = None
     progress: Progress = no_progress
+    spread: Spread = here
+
+    @property
+    def inner(self) -> Progress:
+        """The progress of what is done with one shard: from another process nothing can be told of it."""
+        return self.progress if self.spread is here else no_progress
 
 
 @final

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, final
 
@@ -71,13 +72,26 @@ def _complain(sentence: str, kind: str, as_json: bool) -> None:
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object, or one on each line, on stdout.")]
 LedgerAt = Annotated[Path, typer.Option("--ledger", envvar="ERRATA_LEDGER", help="Folder of the ledger.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. \\[default: the best one here]", show_default=False)]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, cuda or mps; for a model larger than one of them auto, or a JSON file {module: device or disk}. "
+        "\\[default: the best one here]",
+        show_default=False,
+    ),
+]
 PatchId = Annotated[
     str | None, typer.Option("--patch", help="Id of a kept patch, passed or not. \\[default: the current one]", show_default=False)
 ]
 Reference = Annotated[
     Path | None,
     typer.Option(help="Text or JSONL file that the model must go on modelling. \\[default: the lab's, or sampled]", show_default=False),
+]
+Engine = Annotated[str, typer.Option(help="local, or ray: its workers share what a method sums over examples, to the same bits.")]
+Workers = Annotated[int, typer.Option(min=1, help="How many, with --engine ray.")]
+Address = Annotated[
+    str | None,
+    typer.Option(envvar="RAY_ADDRESS", help="Of the Ray cluster. \\[default: one is started on this machine]", show_default=False),
 ]
 LEDGER = Path("errata-ledger")
 
@@ -166,14 +180,31 @@ def opened(path: Path) -> Iterator["Ledger"]:
 
 
 def load_host(name: str, device: str | None, out: Out) -> "Host":
-    """The model called `name`."""
+    """The model called `name`, on the device or split as `device` says."""
+    split = _device_map(device)
     with out.busy(f"Loading {name}"):
         from transformers.utils import logging
 
         from errata import hosts
 
         logging.set_verbosity_error()  # its advice is for programmers
-        return hosts.load(name, device)
+        getLogger("accelerate").setLevel("ERROR")
+        return hosts.load(name, None if split else device, device_map=split)
+
+
+def _device_map(device: str | None) -> Any:
+    """What `hosts.load` is to be told of "auto" or a JSON file; nothing for a plain device."""
+    from errata.types import InvalidExample
+
+    if device is None or device == "auto" or not device.endswith(".json"):
+        return "auto" if device == "auto" else None
+    try:
+        read = json.loads(Path(device).read_text())
+    except ValueError as e:
+        raise InvalidExample(f"{device} is no JSON: {e}.") from e
+    if not isinstance(read, dict) or not read:
+        raise InvalidExample(f'{device} is no device map. Write {{"module": "cuda:0", "another": "cpu", "a third": "disk"}}.')
+    return read
 
 
 def bound_host(ledger: "Ledger", device: str | None, out: Out) -> "Host":

@@ -11,7 +11,23 @@ import typer
 from rich.text import Text
 from typer.core import TyperGroup
 
-from errata.cli.edge import LEDGER, Device, Json, LedgerAt, Out, PatchId, Reference, app, bound_host, chosen_patch, load_host, opened
+from errata.cli.edge import (
+    LEDGER,
+    Address,
+    Device,
+    Engine,
+    Json,
+    LedgerAt,
+    Out,
+    PatchId,
+    Reference,
+    Workers,
+    app,
+    bound_host,
+    chosen_patch,
+    load_host,
+    opened,
+)
 from errata.cli.shown import about, described, listed, number, plain, short, table
 
 if TYPE_CHECKING:
@@ -114,15 +130,21 @@ def build(
     set_: Settings = None,
     plan: Annotated[bool, typer.Option("--plan", help="Estimate time and memory, and stop.")] = False,
     afresh: Annotated[bool, typer.Option("--afresh", help="Make sums anew: the same bits, whatever was built before.")] = False,
+    engine: Engine = "local",
+    workers: Workers = 2,
+    address: Address = None,
     at: LedgerAt = LEDGER,
     device: Device = None,
     json: Json = False,
 ) -> None:
     """Compile the active examples into one patch inside the budget, judge it, and keep it; exit status 1 if it is refused."""
     from errata import build as road
+    from errata import engine as engines
     from errata import evaluate, gate, methods, text
+    from errata.types import Summed
 
     out, made = Out(json=json), methods.make(method, **settings_of(method, set_ or ()))
+    engines.check(engine)
     if reference is not None:
         text.read(reference)  # a bad file is reported before the model is loaded
     near = [n for case in evaluate.read_cases(neighbours) for n in case.neighbours] if neighbours is not None else []
@@ -140,19 +162,24 @@ def build(
         with out.busy(f"Looking at {len(examples)} example(s)"):
             road.check(host, examples)
             note_what_is_so(host, examples, out)
-        patch, verdict = road.edit(
-            host,
-            examples,
-            made,
-            budget=budget,
-            reference=reference,
-            watched=near,
-            seed=seed,
-            state=ledger.latest_state(method),
-            sums=None if afresh else kept_sums(ledger, method, out),
-            keep=lambda sums: ledger.put_aside(sums, f"{method}-sums"),
-            progress=out.progress,
-        )
+        if engine != "local" and not isinstance(made, Summed):
+            out.note(f"{method} is no sum over its examples, so there is nothing to share: it is built here.")
+            engine = "local"
+        with engines.chosen(engine, workers, address) as spread:
+            patch, verdict = road.edit(
+                host,
+                examples,
+                made,
+                budget=budget,
+                reference=reference,
+                watched=near,
+                seed=seed,
+                state=ledger.latest_state(method),
+                sums=None if afresh else kept_sums(ledger, method, out),
+                keep=lambda sums: ledger.put_aside(sums, f"{method}-sums"),
+                progress=out.progress,
+                spread=spread,
+            )
         ledger.put_patch(patch, verdict)
     out.emit(*described(patch, verdict))
     gate.require(verdict)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from errata.cli.edge import LEDGER, Device, Json, LedgerAt, Out, Reference, app, bound_host, load_host, opened
+from errata.cli.edge import LEDGER, Address, Device, Engine, Json, LedgerAt, Out, Reference, Workers, app, bound_host, load_host, opened
 from errata.cli.edits import Settings, settings_of
 from errata.cli.lab import lab_cases
 from errata.cli.shown import short
@@ -29,6 +29,9 @@ def prepare(
     seed: int = 0,
     set_: Settings = None,
     afresh: Annotated[bool, typer.Option("--afresh", help="Do not go on with what an earlier call had begun.")] = False,
+    engine: Engine = "local",
+    workers: Workers = 2,
+    address: Address = None,
     at: LedgerAt = LEDGER,
     device: Device = None,
     json: Json = False,
@@ -37,12 +40,14 @@ def prepare(
 
     After a kill the same command goes on where it was. The cases that it learnt from cannot judge its patches.
     """
+    from errata import engine as engines
     from errata import methods, text
     from errata.types import InvalidExample, Method, Run, WrongBase
 
     out, made = Out(json=json), methods.make(method, **settings_of(method, set_ or ()))
     if type(made).prepare is Method.prepare:
         raise InvalidExample(f"{method} has nothing to prepare: build with it at once.")
+    engines.check(engine)
     if reference is not None:
         text.read(reference)  # a bad file is reported before the model is loaded
     with opened(at) as ledger:
@@ -65,8 +70,9 @@ def prepare(
 
         with out.busy("Reading the text that holds still"):
             hold = text.standing(host, reference, seed)[0]
-        run = Run(hold=hold, keep=keep, seed=seed, state=begun, progress=out.progress)
-        state = made.prepare(host, learning, run)
+        with engines.chosen(engine, workers, address) as spread:
+            run = Run(hold=hold, keep=keep, seed=seed, state=begun, progress=out.progress, spread=spread)
+            state = made.prepare(host, learning, run)
         assert state is not None, "a method that prepares returns what it prepared"
         ledger.put_state(state)
         ledger.drop_aside(method)

@@ -27,7 +27,7 @@ from torch import Tensor
 from errata import hooks, hosts
 from errata.hosts import Batch, Host, Weights
 from errata.methods._descend import PASS, Row, goal_losses
-from errata.types import Example, Progress, Rows, WrongBase, no_progress
+from errata.types import Example, Progress, Rows, Spread, WrongBase, here, no_progress
 
 AT_ONCE = 64  # examples whose rows are in memory together
 FLOOR = 0.05  # of the root mean square deviation of all coordinates: one that hardly moves would become all that counts
@@ -41,12 +41,13 @@ def rows(
     progress: Progress = no_progress,
     everywhere: bool = False,
     weights: Weights | None = None,
+    spread: Spread = here,
 ) -> tuple[Rows, ...]:
     """The rows of each example, those of a contrast behind those of the target. `batch_size` examples are in memory at once, at most.
 
     `everywhere`: those of every token that something follows, not of those alone that predict an answer's. Where a text is read before it
     is answered, that is about the modules that answer; those that read have rows at every token, but for a classifier's without
-    `everywhere`: its answer comes from the first. `weights` take the place of the model's.
+    `everywhere`: its answer comes from the first. `weights` take the place of the model's. `spread` maps over the batches.
 
     Raises InvalidExample for what cannot be encoded.
     """
@@ -54,22 +55,36 @@ def rows(
     out: dict[int, Rows] = {}
     longest = [max(own, key=lambda row: len(row[0])) for own in encoded]
     groups = [group[start : start + batch_size] for group in hosts.by_length(longest, PASS) for start in range(0, len(group), batch_size)]
-    for group in progress(groups, "reading value gradients", len(groups)):
-        own = [encoded[i] for i in group]
+    batches = [([examples[i] for i in group], [encoded[i] for i in group]) for group in groups]
+    found = spread(host, _taking, batches, (list(modules), everywhere, weights))
+    for group, own in progress(zip(groups, found, strict=True), "reading value gradients", len(groups)):
+        out |= zip(group, own, strict=True)
+    return tuple(out[i] for i in range(len(examples)))
+
+
+def _taking(host: Host, shared: tuple[list[str], bool, Weights | None]) -> Callable[[tuple[list[Example], list[list[Row]]]], list[Rows]]:
+    """What takes the rows of one batch: of its examples, and of the tokens of each one's answers."""
+    modules, everywhere, weights = shared
+
+    def take(batch: tuple[list[Example], list[list[Row]]]) -> list[Rows]:
+        examples, own = batch
         flat = [row for rows_ in own for row in rows_]
-        batch = hosts.pad(host, flat)
-        parts = captured(host, batch, modules, _summed_loss([examples[i] for i in group], own), everywhere, weights)
+        padded = hosts.pad(host, flat)
+        parts = captured(host, padded, modules, _summed_loss(examples, own), everywhere, weights)
         ends = list(itertools.accumulate((len(rows_) for rows_ in own), initial=0))
         keys, values = dict[str, tuple[Tensor, ...]](), dict[str, tuple[Tensor, ...]]()
         for m, (k, v) in parts.items():
-            each = at(host, batch, m, everywhere).sum(1).tolist()
+            each = at(host, padded, m, everywhere).sum(1).tolist()
             counts = [sum(each[a:b]) for a, b in itertools.pairwise(ends)]
             keys[m], values[m] = torch.split(k.float().cpu(), counts), torch.split(v.float().cpu(), counts)
-        for j, i in enumerate(group):
+        out = []
+        for j, e in enumerate(examples):
             # clones, for a part of a split keeps the whole in memory
             key, value = ({m: parts_[j].clone() for m, parts_ in both.items()} for both in (keys, values))
-            out[i] = Rows(host=host.id, example=examples[i], keys=key, values=value)
-    return tuple(out[i] for i in range(len(examples)))
+            out.append(Rows(host=host.id, example=e, keys=key, values=value))
+        return out
+
+    return take
 
 
 def some(examples: Sequence[Example]) -> Iterator[tuple[Example, ...]]:
@@ -138,7 +153,9 @@ def captured(
             logp_NT = hosts.scored_logprobs(host, batch, still)
         found = torch.autograd.grad(loss(logp_NT.sum(1)), [outputs[module] for module in modules])
     where = {m: at(host, batch, m, everywhere) for m in modules}
-    return {m: (keys[m][where[m]].detach(), v[where[m]]) for m, v in zip(modules, found, strict=True)}
+    # of a model that is split each module may be on a device of its own
+    there = {m: (keys[m].detach().to(host.device), v.to(host.device)) for m, v in zip(modules, found, strict=True)}
+    return {m: (k[where[m]], v[where[m]]) for m, (k, v) in there.items()}
 
 
 def of_text(host: Host, texts: Sequence[str], modules: Sequence[str], tokens: int) -> dict[str, tuple["Moments", "Moments"]]:

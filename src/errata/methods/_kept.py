@@ -7,8 +7,9 @@ example that went are taken again, on the base, where they are what they were. W
 made of them in factors, they are kept as they are; if an example goes then, those of the others are taken anew.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
 
 from jaxtyping import Float
 from torch import Tensor
@@ -16,9 +17,22 @@ from torch import Tensor
 from errata.hosts import Host
 from errata.methods import _gradients, _normal
 from errata.methods._normal import Prior, Sums
-from errata.types import Example, Rows, Run, State, canonical_json, digest
+from errata.types import Example, Rows, Run, State, canonical_json, digest, here
 
-Read = Callable[[Iterable[Rows]], Mapping[str, tuple[Float[Tensor, "N K"], Float[Tensor, "N V"]]]]  # {module: (keys, differences)}
+Read = Callable[[Host, Iterable[Rows]], Mapping[str, tuple[Float[Tensor, "N K"], Float[Tensor, "N V"]]]]  # {module: (keys, differences)}
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Summing:
+    """How sums are made of examples: `take` their rows, `read` keys and differences off them, add them up under each module's prior.
+
+    It goes to the workers, so it holds functions that can be pickled, and neither host nor run.
+    """
+
+    take: Callable[[Host, tuple[Example, ...]], Iterable[Rows]]
+    read: Read
+    priors: Mapping[str, Prior]
 
 
 def about(host: Host, method: str, *rest: Any) -> str:
@@ -26,26 +40,40 @@ def about(host: Host, method: str, *rest: Any) -> str:
     return digest("sums", host.id, method, canonical_json(list(rest)))
 
 
-def of_rows(rows: Iterable[Iterable[Rows]], priors: Mapping[str, Prior], read: Read) -> dict[str, Sums]:
+def of_rows(host: Host, rows: Iterable[Iterable[Rows]], priors: Mapping[str, Prior], read: Read) -> dict[str, Sums]:
     """The sums of all rows, a part of them in memory at a time."""
     sums: dict[str, Sums] = {}
     for part in rows:
-        for module, (keys_NK, d_NV) in read(part).items():
-            new = _normal.of(priors[module], keys_NK, d_NV)
-            sums[module] = _normal.merged(sums[module], new) if module in sums else new
+        sums = _added(sums, {m: _normal.of(priors[m], *both) for m, both in read(host, part).items()})
     return sums
 
 
-def of_examples(
-    host: Host,
-    method: str,
-    about: str,
-    examples: tuple[Example, ...],
-    priors: Mapping[str, Prior],
-    take: Callable[[tuple[Example, ...]], Iterable[Rows]],
-    read: Read,
-    run: Run,
-) -> dict[str, Sums]:
+def of_parts(host: Host, parts: Sequence[tuple[Example, ...]], summing: Summing, run: Run) -> dict[str, Sums]:
+    """The sums of the examples of all parts: each part is a shard of `run.spread`, and they are added in their order."""
+    found, sums = run.spread(host, _part, parts, summing), dict[str, Sums]()
+    if run.spread is not here:  # else taking the rows of a part tells of its progress
+        found = run.progress(found, "reading value gradients", len(parts))
+    for part in found:
+        sums = _added(sums, {m: Sums(prior=summing.priors[m], keep=False, **own) for m, own in part.items()})
+    return sums
+
+
+def _part(host: Host, summing: Summing) -> Callable[[tuple[Example, ...]], dict[str, dict[str, Any]]]:
+    """What makes the sums of one part: {module: all of a `Sums` but its prior, which can be larger than the rest}."""
+
+    def sums(part: tuple[Example, ...]) -> dict[str, dict[str, Any]]:
+        read = summing.read(host, summing.take(host, part))
+        own = {m: _normal.of(summing.priors[m], *both) for m, both in read.items()}
+        return {m: {"n": new.n, "rows": new.rows, "folded": new.folded} for m, new in own.items()}
+
+    return sums
+
+
+def _added(sums: Mapping[str, Sums], more: Mapping[str, Sums]) -> dict[str, Sums]:
+    return {**sums, **{module: _normal.merged(sums[module], new) if module in sums else new for module, new in more.items()}}
+
+
+def of_examples(host: Host, method: str, about: str, examples: tuple[Example, ...], summing: Summing, run: Run) -> dict[str, Sums]:
     """The sums of the examples, from those in `run.sums` where they are of the same thing and most of their examples are still there.
 
     `run.keep` gets what they have become.
@@ -57,14 +85,13 @@ def of_examples(
     wanted = {e.id: e for e in examples}
     gone = [e for id, e in there.items() if id not in wanted]
     if there and run.sums is not None and (not gone or (2 * len(gone) <= len(there) and _folded(run.sums))):
-        sums = _of_state(run.sums, priors)
+        sums = _of_state(run.sums, summing.priors)
     else:
         there, gone = {}, []
     new = [e for id, e in wanted.items() if id not in there]
-    for module, added in of_rows((take(part) for part in _gradients.some(new)), priors, read).items():
-        sums[module] = _normal.merged(sums[module], added) if module in sums else added
+    sums = _added(sums, of_parts(host, list(_gradients.some(new)), summing, run))
     for part in _gradients.some(gone):
-        for module, (keys_NK, d_NV) in read(take(part)).items():
+        for module, (keys_NK, d_NV) in summing.read(host, summing.take(host, part)).items():
             sums[module] = _normal.without(sums[module], keys_NK, d_NV)
     if new or gone:
         run.keep(_state(host, method, about, tuple(wanted.values()), sums))

@@ -28,8 +28,9 @@ from errata.methods import _normal
 from errata.methods._normal import Prior, Sums, Whitened
 from errata.methods._trace import TRACED, trace
 from errata.methods._values import Place, Settings, places, prefixes, quiet, values
-from errata.types import Add, AddLowRank, Case, Example, InvalidExample, Method, Op, Run, State, UnknownName, WrongBase
+from errata.types import Add, AddLowRank, Case, Example, InvalidExample, Method, Op, Run, Spread, State, UnknownName, WrongBase, here
 
+Row = tuple[list[int], int]
 T = TypeVar("T")  # what a method knows of a layer before it sees the keys: the factor of C, or a prior
 Solve = Callable[[T, Float[Tensor, "K P"]], Float[Tensor, "P K"]]
 
@@ -219,7 +220,7 @@ def spread(
                     break
             missing_DP = ((goal_PD - h_PD) * in_P.unsqueeze(1) / (len(layers) - i)).T
             parts[layer].append((solve(known[layer], key_PK.T), missing_DP))
-            base = host.model.get_parameter(f"{module}.weight").detach()
+            base = hosts.weight(host.model, f"{module}.weight")
             weights[f"{module}.weight"] = (base.float() + _product(host, module, parts[layer])).to(base.dtype)
     ops = [_op(host, layer, parts[layer]) for layer in layers]
     return tuple(ops), weights
@@ -252,7 +253,7 @@ def of_sums(
     ops, weights = list[Op](), Weights()
     for module, (total, unit) in sums.items():
         solved = _normal.solve(total, lam * unit)
-        name, base = f"{module}.weight", host.model.get_parameter(f"{module}.weight").detach()
+        name, base = f"{module}.weight", hosts.weight(host.model, f"{module}.weight")
         change = solved.shift if stored_transposed(host.model.get_submodule(module)) else solved.shift.T
         change = change + onto[module] if module in onto else change
         weights[name] = (base.float() + change.float()).to(base.dtype)
@@ -276,12 +277,16 @@ def dense(host: Host, op: Op) -> Tensor:
 Solution = tuple[tuple[Op, ...], Weights]
 
 
-def within(host: Host, documents: Sequence[str], epsilon: float, lam: float, solved: Callable[[float], Solution]) -> tuple[Op, ...]:
+def within(
+    host: Host, documents: Sequence[str], epsilon: float, lam: float, solved: Callable[[float], Solution], spread: Spread = here
+) -> tuple[Op, ...]:
     """The ops of `inside`."""
-    return inside(host, documents, epsilon, lam, solved)[0][0]
+    return inside(host, documents, epsilon, lam, solved, spread)[0][0]
 
 
-def inside(host: Host, documents: Sequence[str], epsilon: float, lam: float, solved: Callable[[float], Solution]) -> tuple[Solution, bool]:
+def inside(
+    host: Host, documents: Sequence[str], epsilon: float, lam: float, solved: Callable[[float], Solution], spread: Spread = here
+) -> tuple[Solution, bool]:
     """(`solved`, whether the first try was inside) with the least weight of the text, `lam` or more, that keeps the increase of the loss on
     `documents` within `epsilon`.
 
@@ -292,16 +297,29 @@ def inside(host: Host, documents: Sequence[str], epsilon: float, lam: float, sol
     tried = {1.0: solved(lam)}
     if len(rows) < 2:
         return tried[1.0], True
-    before_N2, after_N2 = hosts.score(host, rows), hosts.score(host, rows, tried[1.0][1])
+    before_N2, after_N2 = scored(host, rows, None, spread), scored(host, rows, tried[1.0][1], spread)
     if hosts.increase(before_N2, after_N2)[0] <= epsilon:
         return tried[1.0], True
 
     def read(s: float) -> tuple[Float[Tensor, "N 2"], bool]:
         tried[s] = solved((1 + lam) / s - 1)
-        return hosts.score(host, rows, tried[s][1]), True
+        return scored(host, rows, tried[s][1], spread), True
 
     s = hosts.furthest(read, {1.0: after_N2}, before_N2, epsilon)
     return tried[s or min(tried)], False
+
+
+def scored(host: Host, rows: Sequence[Row], weights: Weights | None, spread: Spread) -> Float[Tensor, "N 2"]:
+    """`hosts.score`, whose passes are the shards."""
+    groups = list(hosts.by_length(rows, hosts.at_once(host)))
+    out_N2 = torch.zeros(len(rows), 2, dtype=torch.float64)
+    for group, part_N2 in zip(groups, spread(host, _scoring, [[rows[i] for i in group] for group in groups], weights), strict=True):
+        out_N2[group] = part_N2
+    return out_N2
+
+
+def _scoring(host: Host, weights: Weights | None) -> Callable[[list[Row]], Float[Tensor, "N 2"]]:
+    return lambda rows: hosts.score(host, rows, weights)
 
 
 @torch.no_grad()

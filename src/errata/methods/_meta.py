@@ -41,11 +41,13 @@ from errata.types import (
     Method,
     Rows,
     Run,
+    Spread,
     State,
     UnknownName,
     WrongBase,
     canonical_json,
     digest,
+    here,
 )
 
 BETAS = (0.9, 0.999)
@@ -259,7 +261,7 @@ class _School:
     """What stays the same through a training. Its steps are functions of a Point, the seed and the step's number."""
 
     def __init__(self, host: Host, lesson: Lesson, cases: Sequence[Case], run: Run, s: Settings) -> None:
-        self.host, self.lesson, self.s, self.seed = host, lesson, s, run.seed
+        self.host, self.lesson, self.s, self.seed, self.spread = host, lesson, s, run.seed, run.spread
         ordered = sorted(dict.fromkeys(cases), key=lambda c: c.id)  # any order gives the same state
         random.Random(run.seed).shuffle(ordered)
         share, fewest, most = HELD_BACK
@@ -308,7 +310,8 @@ class _School:
         leaves = {name: t.detach().clone().requires_grad_() for name, t in net.parameters.items()}
         learning = replace(net, parameters=leaves)
         merged = {module: self.lesson.merge(learning, module, *both) for module, both in rows.items()}
-        _, grads = measured(self.host, self._asked(chosen, rng), {module: S for module, (S, _) in merged.items()}, s, learn=True)
+        shifts = {module: S for module, (S, _) in merged.items()}
+        _, grads = measured(self.host, self._asked(chosen, rng), shifts, s, learn=True, spread=self.spread)
         for module, (_, pull) in merged.items():
             pull(grads[module])
         found = {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in leaves.items()}
@@ -336,7 +339,7 @@ class _School:
         for cases in (self.held_back, self.held_back[: max(1, len(self.held_back) // 8)]):
             merged = {module: self.lesson.merge(point.net, module, *both)[0] for module, both in self._rows(cases).items()}
             asked = self._asked(cases, random.Random(f"{self.seed}/validation"))
-            losses.append(sum(measured(self.host, asked, merged, self.s, learn=False)[0]))
+            losses.append(sum(measured(self.host, asked, merged, self.s, learn=False, spread=self.spread)[0]))
         loss = sum(losses) / len(losses)
         if not loss < point.best_loss:  # so that NaN is never the best
             return point
@@ -403,9 +406,8 @@ def together(
 
 def outputs(host: Host, module: str, keys_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N V"]:
     """What the module gives for these keys, but for its bias."""
-    part = host.model.get_submodule(module)
-    W = part.weight.detach().to(keys_NK)
-    given_NV: Tensor = keys_NK @ (W if stored_transposed(part) else W.T)
+    W = hosts.weight(host.model, f"{module}.weight").to(keys_NK)
+    given_NV: Tensor = keys_NK @ (W if _turned(host, module) else W.T)
     return given_NV
 
 
@@ -429,47 +431,92 @@ def fits(host: Host, prompt: str, e: Example) -> bool:
     return len(hosts.tokens(host, prompt)) + answers <= host.context
 
 
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measuring:
+    """What all batches of one measurement share: S for each module, and what `goal_losses` and the gradients need to know."""
+
+    shifts: Mapping[str, Float[Tensor, "K V"]]
+    enough: float
+    learn: bool
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Texts that go through the model at once. `part` 0: `rows` are examples' targets, `others` their contrasts, if one of them has any.
+    1 and 2: rows that should stay, near the edits and held. Their loss counts `weight` times, and is a share of one `of` so many."""
+
+    part: int
+    rows: list[Row]
+    weight: float
+    of: int
+    examples: list[Example] | None = None
+    others: list[Row] | None = None
+
+
 def measured(
-    host: Host, asked: Asked, shifts: Mapping[str, Float[Tensor, "K V"]], s: Settings, learn: bool
+    host: Host, asked: Asked, shifts: Mapping[str, Float[Tensor, "K V"]], s: Settings, learn: bool, spread: Spread = here
 ) -> tuple[tuple[float, float, float], dict[str, Float[Tensor, "K V"]]]:
     """((loss of the goals, weighted KL on neighbours, weighted KL on held text), {module: dL/dS} if `learn`) with S in the weights.
 
-    Gradients are summed over batches, each weighted by what it is of the whole. The model is not touched.
+    Losses and gradients are summed over batches, in their order, each weighted by what it is of the whole. The model is not touched.
     """
+    shared = Measuring(shifts=shifts, enough=0.0 if s.faithful else ENOUGH, learn=learn)
+    totals, found = [0.0, 0.0, 0.0], dict[str, Tensor]()
+    for part, loss, grads in spread(host, _measuring, _batched(host, asked, s), shared):
+        totals[part] += loss
+        for module, grad_KV in grads.items():
+            found[module] = found[module].add_(grad_KV) if module in found else grad_KV
+    return (totals[0], totals[1], totals[2]), found
+
+
+def _batched(host: Host, asked: Asked, s: Settings) -> list[Batch]:
+    out = []
+    rows = [hosts.encode(host, prompt, e.target) for prompt, e in asked.prompts]
+    for group in _batches(rows, s.batch_size):
+        prompts, examples = zip(*(asked.prompts[i] for i in group), strict=True)
+        others = [hosts.encode(host, prompt, e.contrast or e.target) for prompt, e in zip(prompts, examples, strict=True)]
+        contrasted = others if any(e.contrast for e in examples) else None
+        own = [rows[i] for i in group]
+        out.append(Batch(part=0, rows=own, weight=1.0, of=len(rows), examples=list(examples), others=contrasted))
+    for part, rows, weight in ((1, asked.near, s.near_weight), (2, asked.held, s.hold_weight)):
+        scored = sum(len(ids) - max(given, 1) for ids, given in rows)
+        for group in _batches(rows, s.batch_size) if weight else ():
+            out.append(Batch(part=part, rows=[rows[i] for i in group], weight=weight, of=scored))
+    return out
+
+
+def _measuring(host: Host, shared: Measuring) -> Callable[[Batch], tuple[int, float, dict[str, Float[Tensor, "K V"]]]]:
+    """What makes (its part, its loss, {module: dL/dS}) of a batch."""
     still = {name: w.detach() for name, w in host.model.named_parameters()}
     leaves: dict[str, Tensor] = {}
-    for module, S_KV in shifts.items():
-        base = still[f"{module}.weight"]
+    for module, S_KV in shared.shifts.items():
+        base = hosts.weight(host.model, f"{module}.weight")
         exact = base.to(torch.promote_types(base.dtype, torch.float32))  # a gradient in bf16 would lose what the batches add
         delta = S_KV if _turned(host, module) else S_KV.T
-        leaves[module] = (exact + delta.to(exact)).requires_grad_(learn)
+        leaves[module] = (exact + delta.to(exact)).requires_grad_(shared.learn)
+    reader = Through(host=host)
 
     def weights() -> Weights:
         return still | {f"{m}.weight": leaf.to(still[f"{m}.weight"].dtype) for m, leaf in leaves.items()}
 
-    def take(loss: Tensor) -> float:
-        if learn:
-            loss.backward(inputs=list(leaves.values()))  # type: ignore[no-untyped-call]
-        return loss.item()
+    def measure(batch: Batch) -> tuple[int, float, dict[str, Tensor]]:
+        with torch.set_grad_enabled(shared.learn):
+            if batch.examples is None:
+                total = kl_sum(*reader.both(batch.rows, weights()))
+            else:
+                logp_N = reader.logp(batch.rows, weights())
+                contrast_N = logp_N if batch.others is None else reader.logp(batch.others, weights())
+                tokens_N = torch.tensor([float(len(ids) - max(given, 1)) for ids, given in batch.rows], device=logp_N.device)
+                total = goal_losses(logp_N, contrast_N, tokens_N, batch.examples, shared.enough).sum()
+            loss = batch.weight * total / batch.of
+        if not shared.learn:
+            return batch.part, loss.item(), {}
+        found = torch.autograd.grad(loss, list(leaves.values()))
+        return batch.part, loss.item(), {m: g if _turned(host, m) else g.T for m, g in zip(leaves, found, strict=True)}
 
-    reader, totals = Through(host=host), [0.0, 0.0, 0.0]
-    with torch.set_grad_enabled(learn):
-        rows = [hosts.encode(host, prompt, e.target) for prompt, e in asked.prompts]
-        for group in _batches(rows, s.batch_size):
-            examples = [asked.prompts[i][1] for i in group]
-            logp_N = contrast_N = reader.logp([rows[i] for i in group], weights())
-            if any(e.contrast for e in examples):
-                others = [hosts.encode(host, asked.prompts[i][0], e.contrast or e.target) for i, e in zip(group, examples, strict=True)]
-                contrast_N = reader.logp(others, weights())
-            tokens_N = torch.tensor([float(len(ids) - max(given, 1)) for ids, given in (rows[i] for i in group)], device=logp_N.device)
-            enough = 0.0 if s.faithful else ENOUGH
-            totals[0] += take(goal_losses(logp_N, contrast_N, tokens_N, examples, enough).sum() / len(rows))
-        for part, rows, weight in ((1, asked.near, s.near_weight), (2, asked.held, s.hold_weight)):
-            scored = sum(len(ids) - max(given, 1) for ids, given in rows)
-            for group in _batches(rows, s.batch_size) if weight else ():
-                totals[part] += take(weight * kl_sum(*reader.both([rows[i] for i in group], weights())) / scored)
-    found = {m: leaf.grad if _turned(host, m) else leaf.grad.T for m, leaf in leaves.items() if leaf.grad is not None}
-    return (totals[0], totals[1], totals[2]), found
+    return measure
 
 
 def _turned(host: Host, module: str) -> bool:

@@ -64,7 +64,7 @@ def trace(
     hosts.require_causal(host, "tracing")
     width = min(width, host.blocks) if width else max(1, min(5, host.blocks // 2))
     modules = host.module_names((host.layout.mlp_out,))
-    table = host.model.get_submodule(host.layout.embedding).weight
+    table = hosts.weight(host.model, f"{host.layout.embedding}.weight")
     spans = [_span(host, prompt, subject) for prompt, subject in prompts]
     seen = sorted({i for ids, start, at in spans for i in ids[start : at + 1]})
     sigma = NOISE * float(table[seen].float().std())

@@ -11,6 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from errata import hosts
 from errata.hosts import Host, Weights, stored_transposed
 from errata.methods._descend import Descent, Settings, descend
 from errata.types import Add, Example, Method, Patch, Run, UnknownName
@@ -38,7 +39,7 @@ class Finetune(Method):
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         descent = Descent(host, examples, run, Settings(**{k: v for k, v in self.config.items() if k != "modules"}))
         names = chosen(host, self.modules)
-        base = {n: host.model.get_parameter(n).detach() for n in names}
+        base = {n: hosts.weight(host.model, n) for n in names}
         shifts = {n: torch.zeros_like(w, dtype=torch.float32, requires_grad=True) for n, w in base.items()}
         projections = {f"{m}.weight": m for m in host.projections() if f"{m}.weight" in base}
         whitenings = descent.whitenings(list(projections.values()))

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from errata import hosts
 from errata.hosts import Host, Weights, stored_transposed
 from errata.methods._descend import Descent, Settings, Whitening, descend
 from errata.types import AddLowRank, Example, InvalidExample, Method, Patch, Run
@@ -65,7 +66,7 @@ class Lora(Method):
         def weights() -> Weights:
             out = {}
             for name in modules:
-                base = host.model.get_parameter(f"{name}.weight").detach()
+                base = hosts.weight(host.model, f"{name}.weight")
                 shift = self.scale * (B[name] @ factor(name))
                 out[f"{name}.weight"] = (base.float() + (shift.T if turned[name] else shift)).to(base.dtype)
             return out
@@ -87,7 +88,7 @@ def first_factors(
     From random ones a step follows the part of the gradient that they happen to hold, which is R of K (LoRA-GA, Wang, Yu & Li 2024,
     arXiv 2407.05000, section 3.2; there B begins at the left ones and the base is moved to make up for it, here B begins at zero).
     """
-    weights = {f"{name}.weight": host.model.get_parameter(f"{name}.weight").detach().requires_grad_() for name in turned}
+    weights = {f"{name}.weight": hosts.weight(host.model, f"{name}.weight").requires_grad_() for name in turned}
     descent.task(weights)
     factors = {}
     for name in turned:

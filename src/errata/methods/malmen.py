@@ -29,6 +29,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from types import MappingProxyType
 from typing import final
 
@@ -44,7 +45,7 @@ from errata.methods._meta import Lesson, Merge, Pull
 from errata.methods._normal import Plain, Prior, Whitened
 from errata.methods._restated import restated, spoken_of
 from errata.methods._values import quiet
-from errata.types import Case, Example, InvalidExample, Method, Op, Patch, Rows, Run, State, forget
+from errata.types import Case, Example, InvalidExample, Method, Op, Patch, Progress, Rows, Run, Spread, State, forget, here
 
 FAITHFUL = {
     "tokens": "answer",
@@ -124,7 +125,7 @@ class Malmen(Method):
         lesson = Lesson(
             name="malmen",
             modules=modules,
-            rows=lambda examples: self._rows(host, examples, modules, ways, run),
+            rows=lambda examples: self._rows(host, examples, modules, ways, run.progress, spread=run.spread),
             moved=self._differences,
             merge=self._merge({m: self._prior(C_KK.to(host.device, torch.float64)) for m, C_KK in C.items()}),
             config=self.config | {"ways": ways},
@@ -136,13 +137,13 @@ class Malmen(Method):
     def rows(self, host: Host, examples: tuple[Example, ...], run: Run) -> tuple[Rows, ...]:
         """Keys and value gradients of each example. Raises UnknownName, WrongBase or InvalidExample for a state that does not serve."""
         state, _ = _meta.known(self, "malmen", host, run.state, FIXED)
-        return self._rows(host, examples, state.config["modules"], state.config["ways"], run)
+        return self._rows(host, examples, state.config["modules"], state.config["ways"], run.progress, spread=run.spread)
 
     def solve(self, host: Host, rows: tuple[Rows, ...], run: Run) -> Patch:
         """The patch that all the rows come to in one round, in whatever order. Raises WrongBase for rows of other weights."""
         parts = _gradients.in_order(host, rows)
         state, priors, read = self._known(host, run)
-        sums = _kept.of_rows(parts, {m: prior for m, (prior, _) in priors.items()}, read)
+        sums = _kept.of_rows(host, parts, {m: prior for m, (prior, _) in priors.items()}, read)
         examples = tuple(r.example for r in rows)
         (ops, _), _ = self._solved(host, quiet(host, examples, run, self.held), priors, sums, run, 1.0)
         return self._patch(host, examples, state, ops)
@@ -151,33 +152,33 @@ class Malmen(Method):
         """With one round, `solve` of the `rows`, of which only some are in memory at once; from `run.sums`, if these are of the same
         settings. Each further round reads all examples again."""
         state, priors, read = self._known(host, run)
-        plain = {m: prior for m, (prior, _) in priors.items()}
+        take = partial(self._rows, modules=state.config["modules"], ways=state.config["ways"], progress=run.inner)
+        summing = _kept.Summing(take=take, read=read, priors={m: prior for m, (prior, _) in priors.items()})
         about = _kept.about(host, "malmen", state.id, self.config | {"held": 0, "caution": 0})
         # further rounds read everything anyway: then the patch had better not depend on what was built before, not even in its last digits
         own = run if self.rounds == 1 else replace(run, sums=None, keep=forget)
-        sums = _kept.of_examples(host, "malmen", about, examples, plain, lambda e: self.rows(host, e, run), read, own)
+        sums = _kept.of_examples(host, "malmen", about, examples, summing, own)
         still = quiet(host, examples, run, self.held)
         caution = self.caution if self.rounds > 1 else 1.0
         (ops, weights), free = self._solved(host, still, priors, sums, run, caution)
-        modules, ways = state.config["modules"], state.config["ways"]
         for _ in range(self.rounds - 1):
             if not free:  # the budget is used
                 break
-            changed = {m: _keys.dense(host, op) for m, op in zip(modules, ops, strict=True)}
-            taken = (self._rows(host, part, modules, ways, run, weights) for part in _gradients.some(examples))  # noqa: B023
-            (ops, weights), free = self._solved(host, still, priors, _kept.of_rows(taken, plain, read), run, caution, changed)
+            changed = {op.weight.removesuffix(".weight"): _keys.dense(host, op) for op in ops}
+            onto = replace(summing, take=partial(take, weights=weights))
+            sums = _kept.of_parts(host, list(_gradients.some(examples)), onto, run)
+            (ops, weights), free = self._solved(host, still, priors, sums, run, caution, changed)
         return self._patch(host, examples, state, ops)
 
     def _known(self, host: Host, run: Run) -> tuple[State, dict[str, tuple[Prior, float]], _kept.Read]:
         """(the state, {module: its prior and what lam counts in}, what makes keys and differences of rows)."""
         state, net = _meta.known(self, "malmen", host, run.state, FIXED)
         priors = {m: self._prior(_keys.covariance_of(host, state, m)) for m in state.config["modules"]}
+        return state, {m: (prior, unit * _hyper.lam(net, m)) for m, (prior, unit) in priors.items()}, partial(self._read, net, list(priors))
 
-        def read(rows: Iterable[Rows]) -> dict[str, tuple[Tensor, Tensor]]:
-            both = _meta.together(host, list(rows), list(priors), self._batch())
-            return {m: (keys_NK, self._differences(net, m, keys_NK, g_NV)) for m, (keys_NK, g_NV) in both.items()}
-
-        return state, {m: (prior, unit * _hyper.lam(net, m)) for m, (prior, unit) in priors.items()}, read
+    def _read(self, net: Net, modules: Sequence[str], host: Host, rows: Iterable[Rows]) -> dict[str, tuple[Tensor, Tensor]]:
+        both = _meta.together(host, list(rows), modules, self._batch())
+        return {m: (keys_NK, self._differences(net, m, keys_NK, g_NV)) for m, (keys_NK, g_NV) in both.items()}
 
     def _solved(
         self,
@@ -191,7 +192,7 @@ class Malmen(Method):
     ) -> tuple[_keys.Solution, bool]:
         """(ops and weights, whether the budget is not used up) of the sums, on top of what has changed before."""
         weighed = {m: (total, priors[m][1]) for m, total in sums.items()}
-        return _keys.inside(host, still, run.budget.epsilon, caution, lambda times: _keys.of_sums(host, weighed, times, onto))
+        return _keys.inside(host, still, run.budget.epsilon, caution, lambda times: _keys.of_sums(host, weighed, times, onto), run.spread)
 
     def _patch(self, host: Host, examples: tuple[Example, ...], state: State, ops: tuple[Op, ...]) -> Patch:
         return Patch(method="malmen", config=self.config | {"state": state.id}, parent=host.id, examples=examples, ops=ops)
@@ -205,13 +206,15 @@ class Malmen(Method):
         examples: tuple[Example, ...],
         modules: Sequence[str],
         ways: Mapping[str, Sequence[str]],
-        run: Run,
+        progress: Progress,
         weights: Weights | None = None,
+        spread: Spread = here,
     ) -> tuple[Rows, ...]:
         """Those of the example's own prompt, and behind them those of its other ways."""
         asked = [[e, *restatements(e, ways, self.restated)] for e in examples]
         flat = [e if _meta.fits(host, e.prompt, e) else own[0] for own in asked for e in own]
-        found = iter(_gradients.rows(host, flat, modules, self.batch_size, run.progress, everywhere=self.tokens == "all", weights=weights))
+        taken = _gradients.rows(host, flat, modules, self.batch_size, progress, self.tokens == "all", weights, spread)
+        found = iter(taken)
         out = []
         for e, own in zip(examples, asked, strict=True):
             parts = [next(found) for _ in own]

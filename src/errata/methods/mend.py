@@ -121,7 +121,7 @@ class Mend(Method):
         return self.batch_size if self.faithful else None
 
     def _rows(self, host: Host, examples: tuple[Example, ...], modules: Sequence[str], run: Run) -> tuple[Rows, ...]:
-        return _gradients.rows(host, examples, modules, self.batch_size, run.progress, everywhere=self.tokens == "all")
+        return _gradients.rows(host, examples, modules, self.batch_size, run.progress, self.tokens == "all", spread=run.spread)
 
     @torch.no_grad()
     def _sum(self, net: Net, module: str, keys_NK: Float[Tensor, "N K"], g_NV: Float[Tensor, "N V"]) -> Float[Tensor, "K V"]:

@@ -16,21 +16,22 @@ the identity, as published; lam says, as in `memit`, that a usual key takes 1 / 
 and it rises until the loss on text is inside the budget. The gradients are sums over tokens (there: means over a batch).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from errata import text
+from errata import hosts, text
 from errata.hosts import Host, stored_transposed
 from errata.methods import _gradients, _kept, _keys, _normal
 from errata.methods._gradients import Moments
 from errata.methods._normal import Plain, Prior, Whitened
 from errata.methods._values import quiet
-from errata.types import Case, Example, InvalidExample, Method, Patch, Rows, Run, State
+from errata.types import Case, Example, InvalidExample, Method, Patch, Progress, Rows, Run, Spread, State, here
 
 STATISTICS = 4096  # tokens of text that the deviations of keys and gradients are estimated from
 
@@ -76,38 +77,37 @@ class Ultraedit(Method):
 
     def rows(self, host: Host, examples: tuple[Example, ...], run: Run) -> tuple[Rows, ...]:
         """Keys and value gradients of each example."""
-        return _gradients.rows(host, examples, self._modules(host), self.batch_size, run.progress)
+        return self._rows(host, examples, self._modules(host), run.progress, run.spread)
 
     def solve(self, host: Host, rows: tuple[Rows, ...], run: Run) -> Patch:
         """The patch that all the rows come to, in whatever order. Raises WrongBase for rows of other weights."""
         priors, read, _ = self._known(host, run)
-        sums = _kept.of_rows(_gradients.in_order(host, rows), {m: prior for m, (prior, _) in priors.items()}, read)
+        sums = _kept.of_rows(host, _gradients.in_order(host, rows), {m: prior for m, (prior, _) in priors.items()}, read)
         return self._solved(host, tuple(r.example for r in rows), priors, sums, run)
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         """`solve` of the `rows`, of which only some are in memory at once; from `run.sums`, if these are of the same settings."""
         priors, read, state = self._known(host, run)
         about = _kept.about(host, "ultraedit", state.id, self.config | {"held": 0, "lam": 0})
-        sums = _kept.of_examples(
-            host, "ultraedit", about, examples, {m: prior for m, (prior, _) in priors.items()}, lambda e: self.rows(host, e, run), read, run
-        )
+        take = partial(self._rows, modules=self._modules(host), progress=run.inner)
+        summing = _kept.Summing(take=take, read=read, priors={m: prior for m, (prior, _) in priors.items()})
+        sums = _kept.of_examples(host, "ultraedit", about, examples, summing, run)
         return self._solved(host, examples, priors, sums, run)
+
+    def _rows(
+        self, host: Host, examples: tuple[Example, ...], modules: Sequence[str], progress: Progress, spread: Spread = here
+    ) -> tuple[Rows, ...]:
+        return _gradients.rows(host, examples, modules, self.batch_size, progress, spread=spread)
 
     def _known(self, host: Host, run: Run) -> tuple[dict[str, tuple[Prior, float]], _kept.Read, State]:
         """({module: its prior and what lam is multiplied with}, what makes keys and differences of rows, the state)."""
         state = run.state or self.prepare(host, (), run)
         C = {module: _keys.covariance_of(host, state, module) for module in self._modules(host)}
-        usual = {module: _usual_output(host, module, C_KK) for module, C_KK in C.items()}
-
-        def read(rows: Iterable[Rows]) -> dict[str, tuple[Tensor, Tensor]]:
-            part, out = list(rows), {}
-            for module, C_KK in C.items():
-                keys_NK, v_NV = (torch.cat([getattr(r, which)[module] for r in part]).to(C_KK) for which in ("keys", "values"))
-                k, v = (_moments(state, module, which, C_KK) for which in ("k", "v"))
-                out[module] = (keys_NK, differences(k, v, keys_NK, v_NV, self.eta * usual[module]))
-            return out
-
-        return {module: self._prior(C_KK) for module, C_KK in C.items()}, read, state
+        about = {
+            m: (_moments(state, m, "k", C_KK), _moments(state, m, "v", C_KK), self.eta * _usual_output(host, m, C_KK))
+            for m, C_KK in C.items()
+        }
+        return {module: self._prior(C_KK) for module, C_KK in C.items()}, partial(_read, about), state
 
     def _solved(
         self,
@@ -119,7 +119,7 @@ class Ultraedit(Method):
     ) -> Patch:
         weighed = {m: (total, priors[m][1]) for m, total in sums.items()}
         still = quiet(host, examples, run, self.held)
-        ops = _keys.within(host, still, run.budget.epsilon, self.lam, lambda lam: _keys.of_sums(host, weighed, lam))
+        ops = _keys.within(host, still, run.budget.epsilon, self.lam, lambda lam: _keys.of_sums(host, weighed, lam), run.spread)
         return Patch(method="ultraedit", config=self.config, parent=host.id, examples=examples, ops=ops)
 
     def _prior(self, C_KK: Float[Tensor, "K K"]) -> tuple[Prior, float]:
@@ -127,6 +127,15 @@ class Ultraedit(Method):
         if self.prior == "I":
             return Plain(width=len(C_KK)), float(C_KK.diagonal().sum())
         return Whitened(L_KK=_keys.factor(C_KK, self.ridge)), float(len(C_KK))
+
+
+def _read(about: Mapping[str, tuple[Moments, Moments, float]], host: Host, rows: Iterable[Rows]) -> dict[str, tuple[Tensor, Tensor]]:
+    """{module: (keys, differences)} of the rows, given {module: (moments of keys, of values, the length of d)}; float64."""
+    part, out = list(rows), {}
+    for module, (k, v, eta) in about.items():
+        keys_NK, v_NV = (torch.cat([getattr(r, which)[module] for r in part]).to(k.mean_W) for which in ("keys", "values"))
+        out[module] = (keys_NK, differences(k, v, keys_NK, v_NV, eta))
+    return out
 
 
 def differences(k: Moments, v: Moments, keys_NK: Float[Tensor, "N K"], v_NV: Float[Tensor, "N V"], eta: float) -> Float[Tensor, "N V"]:
@@ -138,9 +147,8 @@ def differences(k: Moments, v: Moments, keys_NK: Float[Tensor, "N K"], v_NV: Flo
 
 def _usual_output(host: Host, module: str, C_KK: Float[Tensor, "K K"]) -> float:
     """The root mean square length of k W over text, which is tr(W^T C W)."""
-    part = host.model.get_submodule(module)
-    W_KV = part.weight.detach().to(C_KK)
-    W_KV = W_KV if stored_transposed(part) else W_KV.T
+    W_KV = hosts.weight(host.model, f"{module}.weight").to(C_KK)
+    W_KV = W_KV if stored_transposed(host.model.get_submodule(module)) else W_KV.T
     return float((W_KV * (C_KK @ W_KV)).sum().sqrt())
 
 
