@@ -58,10 +58,13 @@ def test_the_patch_is_the_same(saved: Host, two: Spread, method: Any) -> None:
     assert wanted.id != method.edit(saved, EXAMPLES[:-1], run).id
 
 
-def test_a_worker_that_is_killed_changes_neither_the_patch_nor_that_there_is_one(saved: Host, two: Spread, tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_changes_neither_the_patch_nor_that_there_is_one(
+    saved: Host, two: Spread, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     wanted = Ultraedit(held=0).edit(saved, EXAMPLES, RUN).id
     assert Ultraedit(held=0).edit(saved, EXAMPLES, replace(RUN, spread=deadly(two, tmp_path / "killed", 1))).id == wanted
     assert (tmp_path / "killed").exists()
+    assert capfd.readouterr().out == "", "nothing gets among the results"
 
 
 @pytest.mark.parametrize("method", [malmen(), mend()], ids=["malmen", "mend"])

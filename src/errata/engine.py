@@ -14,7 +14,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -73,15 +73,34 @@ def on_ray(workers: int = 2, address: str | None = None) -> Iterator[Spread]:
     if workers < 1:
         raise EngineError(f"There is no work without a worker: ask for 1 or more, not {workers}.")
     threads, joined = torch.get_num_threads(), ray.is_initialized()
-    if not joined:
-        _join(ray, workers * threads, address)
-    crew = _Crew(ray, workers, threads)
-    try:
-        yield crew.spread
-    finally:
-        crew.leave()
-        if not joined:
+    with nullcontext() if joined else _joined(ray, workers * threads, address):
+        crew = _Crew(ray, workers, threads)
+        try:
+            yield crew.spread
+        finally:
+            crew.leave()
+
+
+@contextmanager
+def _joined(ray: Any, cores: int, address: str | None) -> Iterator[None]:
+    with _hushed(ray):
+        _join(ray, cores, address)
+        try:
+            yield
+        finally:
             ray.shutdown()
+
+
+@contextmanager
+def _hushed(ray: Any) -> Iterator[None]:
+    """Whatever it is told not to log, Ray prints a paragraph on stdout for each worker that dies: among what `--json` gives."""
+    room = ray._private.worker
+    aloud = getattr(room, "print_to_stdstream", None)
+    room.print_to_stdstream = lambda *_given, **_named: None
+    try:
+        yield
+    finally:
+        room.print_to_stdstream = aloud
 
 
 def _join(ray: Any, cores: int, address: str | None) -> None:
