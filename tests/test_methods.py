@@ -432,7 +432,7 @@ def test_a_method_of_one_family_refuses_the_others_with_a_sentence(row: Row, fam
 
 # ----------------------------------------------------------------------------------------------- models that read before they answer
 
-READERS = ("t5", "mt5", "bert")
+READERS = ("t5", "bert")
 READING = {"finetune", "lora", "malmen", "mend", "one_layer_interpolation", "ultraedit"}
 ANSWERED = tuple(f"{text_[:30].strip()} {i}|{' Rome' if i % 3 else ' the sea'}" for i, text_ in enumerate(TEXT * 4))
 JUDGED = tuple(f"{text_[:30].strip()} {i}|{'true' if i % 3 else 'false'}" for i, text_ in enumerate(TEXT * 4))
