@@ -509,7 +509,33 @@ def test_lab_cases_are_jsonl_that_add_and_eval_read(place: Place, tmp_path: Path
     assert place("add", "--file", file, "--json").data["active"] == 4
     assert "Did you mean test" in one_sentence(run("lab", "cases", "--split", "tset").err)
     assert "Did you mean wrong" in one_sentence(run("lab", "cases", "--kind", "wrnog").err)
+    assert "Did you mean claim" in one_sentence(run("lab", "cases", "--form", "clam").err)
+    assert run("lab", "cases", "--form", "question", "--n", 1).data["example"]["prompt"].endswith("?")
     assert "facts" in one_sentence(run("lab", "cases", "--n", 10**6).err)
+
+
+@pytest.mark.parametrize("family, example, answers", [("t5", "Who?| Lily", None), ("bert", "Rome is in Italy.|{}", ["false", "true"])])
+def test_models_that_answer_or_judge_go_the_whole_road(family: str, example: str, answers: list[str] | None, tmp_path: Path) -> None:
+    host, at = tiny_host(family), tmp_path / "ledger"
+    host.model.save_pretrained(tmp_path / family)
+    host.tokenizer.save_pretrained(tmp_path / family)
+    prompt = example.partition("|")[0]
+    (said,) = hosts.greedy(host, [prompt], 4)
+    wanted = example.format("true" if said == "false" else "false")
+    texts = [(f"On day {i} there were {i + 3} boats.", wanted.partition("|")[2]) for i in range(24)]
+    reference = tmp_path / "reference.jsonl"
+    reference.write_text("\n".join(json.dumps({"prompt": p, "target": t}) for p, t in texts))
+    assert run("init", at, "--host", tmp_path / family).status == 0
+    added = run("add", wanted, "--ledger", at)
+    assert added.status == 0 and not added.err
+    built = run("build", "--ledger", at, "--method", "ultraedit", "--reference", reference, "--epsilon", 50, "--json")
+    done = run("ask", prompt, "--ledger", at, "--patch", built.lines[0]["patch"], "--max-new-tokens", 4, "--json").data
+    assert done["before"] == said and (answers is None or done["after"] in answers)
+    (tmp_path / "plain.txt").write_text("Rome lies on the Tiber.\n\nParis lies on the Seine.")
+    assert "has no answer" in one_sentence(run("build", "--ledger", at, "--reference", tmp_path / "plain.txt").err)
+    if answers:
+        assert run("add", "Rome is large.|perhaps", "--ledger", at).status == 0
+        assert "'perhaps' is no label" in one_sentence(run("build", "--ledger", at, "--reference", reference).err)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- bad input

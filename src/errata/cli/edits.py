@@ -104,7 +104,8 @@ def add(
     for example in examples:
         if example.id in before:
             out.note(f"'{example}' is active already.")
-        if not example.prompt[-1].isspace() and example.target[0].isalnum():
+        # a whole sentence is answered or judged, not gone on with
+        if not example.prompt[-1].isspace() and example.prompt[-1] not in ".?!" and example.target[0].isalnum():
             out.note(f"There is no space between prompt and answer in '{example}'. Write '{example.prompt}| {example.target}' to have one.")
     out.emit({"added": [plain(e) for e in examples], "active": active}, listed(examples))
 
