@@ -35,7 +35,10 @@ def test_the_shift_is_the_published_formula(host: Host, prior: str) -> None:
     (module,) = host.module_names((host.layout.mlp_out,), [1])
     rows = method.rows(host, EXAMPLES, RUN)
     K, V = (torch.cat([getattr(r, which)[module] for r in rows]).double() for which in ("keys", "values"))
-    parts = [_gradients.captured(host, [row], [module], lambda logp_N: -logp_N.sum())[module] for row in hosts.chunks(host, RUN.hold)]
+    parts = [
+        _gradients.captured(host, hosts.pad(host, [row]), [module], lambda logp_N: -logp_N.sum())[module]
+        for row in hosts.chunks(host, RUN.hold)
+    ]
     k, v = (torch.cat([part[i] for part in parts]).double() for i in (0, 1))
     state = method.prepare(host, (), RUN)
     C = state.tensors[module].double()

@@ -244,15 +244,15 @@ def _op(host: Host, layer: int, parts: Sequence[tuple[Float[Tensor, "P K"], Floa
 
 
 def of_sums(
-    host: Host, sums: Mapping[str, tuple[Sums, float]], lam: float, onto: Mapping[str, Tensor] = MappingProxyType({})
+    host: Host, sums: Mapping[str, Sums], units: Mapping[str, float], lam: float, onto: Mapping[str, Tensor] = MappingProxyType({})
 ) -> tuple[tuple[Op, ...], Weights]:
-    """(one op for each module of `sums`, the weights with them on); each module's weight of the prior is lam times its own number.
+    """(one op for each module of `sums`, the weights with them on); each module's weight of the prior is lam of its units.
 
     An op is factors where they are smaller than their product. `onto`: what has been added to a weight before, which the op is to add too.
     """
     ops, weights = list[Op](), Weights()
-    for module, (total, unit) in sums.items():
-        solved = _normal.solve(total, lam * unit)
+    for module, total in sums.items():
+        solved = _normal.solve(total, lam * units[module])
         name, base = f"{module}.weight", hosts.weight(host.model, f"{module}.weight")
         change = solved.shift if stored_transposed(host.model.get_submodule(module)) else solved.shift.T
         change = change + onto[module] if module in onto else change

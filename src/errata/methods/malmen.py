@@ -142,39 +142,42 @@ class Malmen(Method):
     def solve(self, host: Host, rows: tuple[Rows, ...], run: Run) -> Patch:
         """The patch that all the rows come to in one round, in whatever order. Raises WrongBase for rows of other weights."""
         parts = _gradients.in_order(host, rows)
-        state, priors, read = self._known(host, run)
-        sums = _kept.of_rows(host, parts, {m: prior for m, (prior, _) in priors.items()}, read)
+        state, priors, units, read = self._known(host, run)
+        sums = _kept.of_rows(host, parts, priors, read)
         examples = tuple(r.example for r in rows)
-        (ops, _), _ = self._solved(host, quiet(host, examples, run, self.held), priors, sums, run, 1.0)
+        (ops, _), _ = self._solved(host, quiet(host, examples, run, self.held), units, sums, run, 1.0)
         return self._patch(host, examples, state, ops)
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         """With one round, `solve` of the `rows`, of which only some are in memory at once; from `run.sums`, if these are of the same
         settings. Each further round reads all examples again."""
-        state, priors, read = self._known(host, run)
+        state, priors, units, read = self._known(host, run)
         take = partial(self._rows, modules=state.config["modules"], ways=state.config["ways"], progress=run.inner)
-        summing = _kept.Summing(take=take, read=read, priors={m: prior for m, (prior, _) in priors.items()})
+        summing = _kept.Summing(take=take, read=read, priors=priors)
         about = _kept.about(host, "malmen", state.id, self.config | {"held": 0, "caution": 0})
         # further rounds read everything anyway: then the patch had better not depend on what was built before, not even in its last digits
         own = run if self.rounds == 1 else replace(run, sums=None, keep=forget)
         sums = _kept.of_examples(host, "malmen", about, examples, summing, own)
         still = quiet(host, examples, run, self.held)
         caution = self.caution if self.rounds > 1 else 1.0
-        (ops, weights), free = self._solved(host, still, priors, sums, run, caution)
+        (ops, weights), free = self._solved(host, still, units, sums, run, caution)
         for _ in range(self.rounds - 1):
             if not free:  # the budget is used
                 break
             changed = {op.weight.removesuffix(".weight"): _keys.dense(host, op) for op in ops}
             onto = replace(summing, take=partial(take, weights=weights))
             sums = _kept.of_parts(host, list(_gradients.some(examples)), onto, run)
-            (ops, weights), free = self._solved(host, still, priors, sums, run, caution, changed)
+            (ops, weights), free = self._solved(host, still, units, sums, run, caution, changed)
         return self._patch(host, examples, state, ops)
 
-    def _known(self, host: Host, run: Run) -> tuple[State, dict[str, tuple[Prior, float]], _kept.Read]:
-        """(the state, {module: its prior and what lam counts in}, what makes keys and differences of rows)."""
+    def _known(self, host: Host, run: Run) -> tuple[State, dict[str, Prior], dict[str, float], _kept.Read]:
+        """(the state, {module: its prior}, {module: its learnt weight}, what makes keys and differences of rows)."""
         state, net = _meta.known(self, "malmen", host, run.state, FIXED)
-        priors = {m: self._prior(_keys.covariance_of(host, state, m)) for m in state.config["modules"]}
-        return state, {m: (prior, unit * _hyper.lam(net, m)) for m, (prior, unit) in priors.items()}, partial(self._read, net, list(priors))
+        priors, units = dict[str, Prior](), dict[str, float]()
+        for m in state.config["modules"]:
+            priors[m], unit = self._prior(_keys.covariance_of(host, state, m))
+            units[m] = unit * _hyper.lam(net, m)
+        return state, priors, units, partial(self._read, net, list(priors))
 
     def _read(self, net: Net, modules: Sequence[str], host: Host, rows: Iterable[Rows]) -> dict[str, tuple[Tensor, Tensor]]:
         both = _meta.together(host, list(rows), modules, self._batch())
@@ -184,15 +187,16 @@ class Malmen(Method):
         self,
         host: Host,
         still: Sequence[str],
-        priors: Mapping[str, tuple[Prior, float]],
+        units: Mapping[str, float],
         sums: Mapping[str, _normal.Sums],
         run: Run,
         caution: float,
         onto: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> tuple[_keys.Solution, bool]:
         """(ops and weights, whether the budget is not used up) of the sums, on top of what has changed before."""
-        weighed = {m: (total, priors[m][1]) for m, total in sums.items()}
-        return _keys.inside(host, still, run.budget.epsilon, caution, lambda times: _keys.of_sums(host, weighed, times, onto), run.spread)
+        return _keys.inside(
+            host, still, run.budget.epsilon, caution, lambda times: _keys.of_sums(host, sums, units, times, onto), run.spread
+        )
 
     def _patch(self, host: Host, examples: tuple[Example, ...], state: State, ops: tuple[Op, ...]) -> Patch:
         return Patch(method="malmen", config=self.config | {"state": state.id}, parent=host.id, examples=examples, ops=ops)

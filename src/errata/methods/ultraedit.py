@@ -81,45 +81,46 @@ class Ultraedit(Method):
 
     def solve(self, host: Host, rows: tuple[Rows, ...], run: Run) -> Patch:
         """The patch that all the rows come to, in whatever order. Raises WrongBase for rows of other weights."""
-        priors, read, _ = self._known(host, run)
-        sums = _kept.of_rows(host, _gradients.in_order(host, rows), {m: prior for m, (prior, _) in priors.items()}, read)
-        return self._solved(host, tuple(r.example for r in rows), priors, sums, run)
+        priors, units, read, _ = self._known(host, run)
+        sums = _kept.of_rows(host, _gradients.in_order(host, rows), priors, read)
+        return self._solved(host, tuple(r.example for r in rows), units, sums, run)
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         """`solve` of the `rows`, of which only some are in memory at once; from `run.sums`, if these are of the same settings."""
-        priors, read, state = self._known(host, run)
+        priors, units, read, state = self._known(host, run)
         about = _kept.about(host, "ultraedit", state.id, self.config | {"held": 0, "lam": 0})
         take = partial(self._rows, modules=self._modules(host), progress=run.inner)
-        summing = _kept.Summing(take=take, read=read, priors={m: prior for m, (prior, _) in priors.items()})
+        summing = _kept.Summing(take=take, read=read, priors=priors)
         sums = _kept.of_examples(host, "ultraedit", about, examples, summing, run)
-        return self._solved(host, examples, priors, sums, run)
+        return self._solved(host, examples, units, sums, run)
 
     def _rows(
         self, host: Host, examples: tuple[Example, ...], modules: Sequence[str], progress: Progress, spread: Spread = here
     ) -> tuple[Rows, ...]:
         return _gradients.rows(host, examples, modules, self.batch_size, progress, spread=spread)
 
-    def _known(self, host: Host, run: Run) -> tuple[dict[str, tuple[Prior, float]], _kept.Read, State]:
-        """({module: its prior and what lam is multiplied with}, what makes keys and differences of rows, the state)."""
+    def _known(self, host: Host, run: Run) -> tuple[dict[str, Prior], dict[str, float], _kept.Read, State]:
+        """({module: its prior}, {module: what lam is multiplied with}, what makes keys and differences of rows, the state)."""
         state = run.state or self.prepare(host, (), run)
         C = {module: _keys.covariance_of(host, state, module) for module in self._modules(host)}
         about = {
             m: (_moments(state, m, "k", C_KK), _moments(state, m, "v", C_KK), self.eta * _usual_output(host, m, C_KK))
             for m, C_KK in C.items()
         }
-        return {module: self._prior(C_KK) for module, C_KK in C.items()}, partial(_read, about), state
+        found = {module: self._prior(C_KK) for module, C_KK in C.items()}
+        priors, units = {m: prior for m, (prior, _) in found.items()}, {m: unit for m, (_, unit) in found.items()}
+        return priors, units, partial(_read, about), state
 
     def _solved(
         self,
         host: Host,
         examples: tuple[Example, ...],
-        priors: Mapping[str, tuple[Prior, float]],
+        units: Mapping[str, float],
         sums: Mapping[str, _normal.Sums],
         run: Run,
     ) -> Patch:
-        weighed = {m: (total, priors[m][1]) for m, total in sums.items()}
         still = quiet(host, examples, run, self.held)
-        ops = _keys.within(host, still, run.budget.epsilon, self.lam, lambda lam: _keys.of_sums(host, weighed, lam), run.spread)
+        ops = _keys.within(host, still, run.budget.epsilon, self.lam, lambda lam: _keys.of_sums(host, sums, units, lam), run.spread)
         return Patch(method="ultraedit", config=self.config, parent=host.id, examples=examples, ops=ops)
 
     def _prior(self, C_KK: Float[Tensor, "K K"]) -> tuple[Prior, float]:
