@@ -25,7 +25,7 @@ from errata.methods._published import EVERY, Published, epochs, example_loss, wh
 from errata.protocol import Column, Found, Job, Outcome, Plan, best, cell, check_apart, drawn, estimate, half, order
 from errata.tasks import published
 from errata.tasks.canonical import TASKS, Criterion, Record, Task, load
-from errata.types import BudgetError, Example, InvalidReference, LeakError, MissingExtra, Patch, UnknownName
+from errata.types import BudgetError, Example, InvalidReference, LeakError, MissingExtra, Patch, UnknownArchitecture, UnknownName
 
 EPSILONS = (1e-3, 1e-5)
 LORA = Column(host="h", method="lora")
@@ -75,6 +75,8 @@ def test_a_plan_that_cannot_be() -> None:
     for wrong in ({"columns": ()}, {"trials": 0}, {"seeds": 0}, {"epsilons": (0.0,)}):
         with pytest.raises(BudgetError):
             Plan(**{"columns": (LORA,), **wrong})
+    with pytest.raises(UnknownArchitecture, match="The protocol works on models that go on with a text; tiny-t5 is a seq2seq"):
+        protocol._checked(Plan(columns=(LORA,)), {LORA.host: tiny_host("t5")})
 
 
 def test_more_of_the_same_is_the_same_plan_and_anything_else_is_another() -> None:

@@ -622,6 +622,7 @@ def _checked(plan: Plan, given: Mapping[str, Host]) -> Mapping[str, Host]:
     bench = Bench(plan=plan, given=given)
     for name in dict.fromkeys(column.host for column in plan.columns):
         host = bench.host(name)
+        hosts.require_causal(host, "The protocol")
         for task in plan.tasks:
             validation, test = (task_of(plan, host, task, split) for split in ("validation", "test"))
             if plan.variant != "published":  # theirs do: 162 pairs of StereoSet stand in both
