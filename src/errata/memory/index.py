@@ -131,7 +131,7 @@ class Index:
     def _left(self) -> Numbers:
         if self._graph is None:
             return np.empty(0, dtype=np.int64)
-        numbers = np.array(self._graph.keys, dtype=np.int64)
+        numbers = np.asarray(self._graph.keys[: len(self._graph)]).astype(np.int64)
         return numbers[~np.isin(numbers, np.fromiter(self._gone, dtype=np.int64, count=len(self._gone)))]
 
     # ---------------------------------------------------------------------------------------------------------------------- files
@@ -152,7 +152,15 @@ class Index:
             os.replace(temporary, path.parent / name)
         except (OSError, RuntimeError) as e:
             raise LedgerError(f"The index cannot be written to {path.parent}: {e}. The records are not concerned; make room.") from e
-        about = {"format": FORMAT, "encoder": encoder, "width": self.width, "moment": moment, "file": name, "sha256": sha}
+        about = {
+            "format": FORMAT,
+            "encoder": encoder,
+            "width": self.width,
+            "number": moment[0],
+            "name": moment[1],
+            "file": name,
+            "sha256": sha,
+        }
         write_whole(path, json.dumps(about | {"gone": sorted(self._gone)}).encode())
         for old in (*path.parent.glob(f"{path.stem}-*.usearch"), *path.parent.glob(f"{TEMPORARY}{path.stem}-*.usearch")):
             if old.name != name:
@@ -185,7 +193,7 @@ class Index:
         graph.load(str(body))
         self._graph, self._gone = graph, set(about.gone)
         self._graph.expansion_search = EXPANSION_SEARCH
-        return (int(about.moment[0]), str(about.moment[1]))
+        return about.number, about.name
 
 
 @final
@@ -194,7 +202,8 @@ class _About:
     format: str
     encoder: str
     width: int
-    moment: tuple[int, str]
+    number: int
+    name: str
     file: str
     sha256: str
     gone: list[int]
