@@ -248,6 +248,7 @@ STEP = st.tuples(st.sampled_from(["add", "force", "retract", "undo"]), st.intege
 def test_whatever_is_done_a_question_has_one_answer(steps: list[tuple[str, int, str]]) -> None:
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder, Ledger.create(folder, BASE, "lab/neox", BUDGET) as ledger:
         made = Records(ledger)
+        followed, followed_to = set[int](), 0
         for what, number, answer in steps:
             chosen = record(number, f" {answer}")
             before = seen(made)
@@ -265,12 +266,11 @@ def test_whatever_is_done_a_question_has_one_answer(steps: list[tuple[str, int, 
                 assert seen(made) == before
             prompts = [r.example.prompt for r in made.active()]
             assert len(prompts) == len(set(prompts))
-        # an index that follows the log step by step holds what one holds that begins now
-        followed: set[int] = set()
-        for moment in range(made.moment()[0] + 1):
-            followed -= set(made.went(moment - 1))
-            followed |= {n for n, _ in made.came(moment - 1, moment)}
-        assert followed == {n for n, _ in made.came(0, made.moment()[0])}
+            # an index that follows the log step by step holds what one holds that begins now
+            moment = made.moment()[0]
+            followed = followed.difference(made.went(followed_to)) | {n for n, _ in made.came(followed_to, moment)}
+            followed_to = moment
+            assert followed == {n for n, _ in made.came(0, moment)}
         assert ledger.verify() == []
 
 
