@@ -12,7 +12,7 @@ Nothing here has a vector or an encoder.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -67,6 +67,18 @@ def conflict(old: Record, new: Record) -> ConflictError:
         f"'{plain(new.example.prompt)}' {says}: {claim(old.example)} ({old.id}), and now {claim(new.example)} ({new.id}). "
         f"Supersede the first with the second, or retract the first, or give them tags or times that do not meet."
     )
+
+
+def no_record(given: str, rows: Sequence[RecordRow]) -> UnknownName:
+    """Why `given` names no record in force, or more than one, where `rows` are those whose ids begin so."""
+    if found := [row.record.id for row in rows if row.active]:
+        return UnknownName(f"'{given}' is the start of more than one record: {', '.join(found[:3])}. Write more of it.")
+    if rows and (ended := rows[-1].ended) is not None:
+        return UnknownName(f"Record {rows[-1].record.id} is not in force: {_ENDED[ended.what]} at {ended.at[:19]} (UTC).")
+    return UnknownName(f"No record's id begins with '{given}'. 'errata memory list' shows those in force.")
+
+
+_ENDED = {"memory retract": "it was retracted", "memory supersede": "another took its place", "memory undo": "it was undone"}
 
 
 @final
@@ -253,16 +265,9 @@ class Records:
             raise UnknownName(f"'{given}' is too short to name one record. Write {SHORTEST} hex digits of its id or more.")
         # by range and not by substr: with a million records only this is answered from the index
         found = [id for (id,) in self.ledger.rows("SELECT id FROM record WHERE id >= ? AND id < ? AND ended IS NULL LIMIT 3", low, high)]
-        if len(found) > 1:
-            raise UnknownName(f"'{given}' is the start of more than one record: {', '.join(found)}. Write more of it.")
-        if found:
+        if len(found) == 1:
             return str(found[0])
-        if gone := self.listed(given):
-            last = gone[-1]
-            assert last.ended is not None
-            how = {"memory retract": "it was retracted", "memory supersede": "another took its place", "memory undo": "it was undone"}
-            raise UnknownName(f"Record {last.record.id} is not in force: {how[last.ended.what]} at {last.ended.at[:19]} (UTC).")
-        raise UnknownName(f"No record's id begins with '{given}'. 'errata memory list' shows those in force.")
+        raise no_record(given, self.listed(given))
 
 
 _FROM = "FROM record JOIN example ON example.id = record.example"
