@@ -84,7 +84,7 @@ def test_the_nearest_record_is_found_and_says_how_near(ledger: Ledger, notes: li
         hits = memory.search("the mayor of oslo is?", 100)
         assert len(hits) == len(RECORDS) and abs(hits[0].score - 1) < 1e-3
         assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
-        assert hits[0].row is not None and hits[0].row.active
+        assert hits[0].row.active
     assert notes == []
 
 
@@ -158,7 +158,9 @@ def test_a_memory_of_another_encoder_is_refused_and_can_be_moved(ledger: Ledger,
         before = found(memory, "The mayor of Oslo is", 1)
         with pytest.raises(WrongBase, match="is of the encoder hashed .* move it to the second"):
             opened(ledger, notes, Counting(128))
-        memory.move(Counting(128))
+        room.moved(ledger, Counting(128), note=notes.append)
+        with pytest.raises(WrongBase):  # who has it open goes on finding, and no longer writes
+            memory.add(record("Oslo", "zoo"))
         assert found(memory, "The mayor of Oslo is", 1) == before
     with pytest.raises(WrongBase):
         opened(ledger, notes)
@@ -171,7 +173,8 @@ def test_an_index_file_of_another_encoder_is_refused(ledger: Ledger, notes: list
         memory.add(*RECORDS)
         memory.search("x y")
         theirs = memory._file
-        memory.move(Counting(128))
+    room.moved(ledger, Counting(128), note=notes.append)
+    with opened(ledger, notes, Counting(128)) as memory:
         mine = memory._file
     with Ledger.create(ledger.path.parent / "other", BASE, "lab/neox", BUDGET) as other, opened(other, notes) as memory:
         memory.add(*RECORDS)

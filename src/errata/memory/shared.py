@@ -180,9 +180,7 @@ class SharedMemory:
                 db.execute("SET LOCAL enable_indexscan = off")
                 found = _best(db.execute(_NEAREST_OF_ALL, values).fetchall(), k)
             rows = {row.number: row for row in self._where(db, "number = ANY(%s)", list(found))}
-        return tuple(
-            Hit(record=rows[number].record, score=score, question=text, row=rows[number]) for number, (score, text) in found.items()
-        )
+        return tuple(Hit(row=rows[number], score=score, question=text) for number, (score, text) in found.items())
 
     # --------------------------------------------------------------------------------------------------------------------- inside
 

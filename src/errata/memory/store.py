@@ -6,7 +6,7 @@
             is found, whoever wrote it; then the nearest questions whose record holds at that moment and for those tags.
 
 The index and the vectors are made again from the records wherever they are missing or damaged, and whoever opened the memory is told.
-The memory belongs to one encoder from its first record or search on (`move` takes it to another), for what counts as near depends on it.
+The memory belongs to one encoder from its first record on (`moved` takes it to another), for what counts as near depends on it.
 """
 
 import json
@@ -36,10 +36,13 @@ WIDEST = 4096  # questions that are looked through for those of a tag or a time,
 class Hit:
     """A record that a search found: `score` is the cosine of the query and the nearest of its questions, `question`."""
 
-    record: Record
+    row: RecordRow
     score: float
     question: str
-    row: RecordRow | None = None
+
+    @property
+    def record(self) -> Record:
+        return self.row.record
 
 
 def warn(sentence: str) -> None:
@@ -106,14 +109,15 @@ class EditMemory:
         """As `Records.undo`."""
         return self.records.undo(id)
 
-    def move(self, encoder: Encoder) -> None:
-        """Take the memory to another encoder: all its questions are encoded before anything changes. Raises InvalidExample, LedgerError."""
-        self._cache.of(encoder, [text for _, text in self.records.came(0, self.records.moment()[0])])
-        self.records.bind(encoder.id, encoder.name)
-        for old in self._file.parent.glob("graph-*"):
-            old.unlink(missing_ok=True)
-        self.encoder, self._index = encoder, Index(encoder.width, self._index.exact)
-        self._moment, self._graph_moment, self._saved = None, (0, ""), 0
+    # ------------------------------------------------------------------------------------------------------------------ listing
+
+    def active(self) -> tuple[Record, ...]:
+        """As `Records.active`."""
+        return self.records.active()
+
+    def listed(self, start: str = "") -> tuple[RecordRow, ...]:
+        """As `Records.listed`."""
+        return self.records.listed(start)
 
     # ------------------------------------------------------------------------------------------------------------------ searching
 
@@ -136,8 +140,7 @@ class EditMemory:
             fetch = 4 * fetch if 4 * fetch <= WIDEST else len(self._index)
         found = dict(list(found.items())[:k])
         rows = self.records.numbered(found)
-        hits = [Hit(record=rows[number].record, score=score, question=text, row=rows[number]) for number, (score, text) in found.items()]
-        return tuple(hits)
+        return tuple(Hit(row=rows[number], score=score, question=text) for number, (score, text) in found.items())
 
     def _holding(self, numbers: list[int], scores: list[float], moment: str, tags: frozenset[str]) -> dict[int, tuple[float, str]]:
         """{record: (score, question)} for the records of these questions that hold and are concerned, each once, the nearest first."""
@@ -217,6 +220,22 @@ class EditMemory:
                 f"The memory of {self.records.ledger.path} is of the encoder {bound[1]} ({bound[0]}), and this one is {self.encoder.name} "
                 f"({self.encoder.id}). Open it with the first, or move it to the second: errata memory move {self.encoder.name}."
             )
+
+
+def moved(ledger: Ledger, encoder: Encoder, *, note: Callable[[str], None] = warn) -> None:
+    """Take the memory of a ledger to another encoder: all its questions are encoded before anything changes.
+
+    Raises InvalidExample if one is longer than the encoder's window, LedgerError.
+    """
+    records, folder = Records(ledger), ledger.path / FOLDER
+    cache = Cache(folder / "vectors.sqlite", note)
+    try:
+        cache.of(encoder, [text for _, text in records.came(0, records.moment()[0])])
+        records.bind(encoder.id, encoder.name)
+    finally:
+        cache.close()
+    for old in folder.glob("graph-*"):
+        old.unlink(missing_ok=True)
 
 
 def _concerns(scope: dict[str, list[str] | str | None], moment: str, tags: frozenset[str]) -> bool:
