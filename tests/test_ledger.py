@@ -182,10 +182,23 @@ def test_newer_schema_is_refused_and_older_one_brought_up_to_date(ledger: Ledger
         newer.setattr(room, "MIGRATIONS", (*room.MIGRATIONS, "CREATE TABLE note (text TEXT) STRICT\n\nCREATE INDEX n ON note (text)"))
         for _ in range(2):  # the second time there is nothing left to do
             with Ledger(ledger.path) as migrated:
-                assert migrated._rows("SELECT * FROM note") == []
+                assert migrated.rows("SELECT * FROM note") == []
                 assert migrated.active() == (fact(1),)
-    with pytest.raises(LedgerError, match="number 2, this version knows 1. Update errata"):
+    known = len(room.MIGRATIONS)
+    with pytest.raises(LedgerError, match=f"number {known + 1}, this version knows {known}. Update errata"):
         Ledger(ledger.path)
+
+
+def test_a_ledger_from_before_the_edit_memory_gets_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as older:
+        older.setattr(room, "MIGRATIONS", room.MIGRATIONS[:1])
+        with Ledger.create(tmp_path, BASE, "lab/neox", BUDGET) as made:
+            made.add(fact(1))
+            assert made.rows("SELECT 1 FROM sqlite_master WHERE name = 'record'") == []
+    with Ledger(tmp_path) as again:
+        assert again.rows("SELECT * FROM record") == []
+        assert again.active() == (fact(1),)
+        assert again.verify() == []
 
 
 def test_a_migration_that_fails_changes_nothing(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +209,7 @@ def test_a_migration_that_fails_changes_nothing(ledger: Ledger, monkeypatch: pyt
             Ledger(ledger.path)
     with Ledger(ledger.path) as again:
         assert again.verify() == []
-        assert again._rows("SELECT name FROM sqlite_master WHERE name = 'note'") == []
+        assert again.rows("SELECT name FROM sqlite_master WHERE name = 'note'") == []
 
 
 # ------------------------------------------------------------------------------------------------------------------------- examples
@@ -1130,9 +1143,9 @@ def test_a_folder_that_may_not_be_written_is_a_sentence(writer: Callable[..., An
 def test_ids_are_those_of_the_content(ledger: Ledger) -> None:
     ledger.add(fact(1))
     put(ledger, fact(1))
-    ((id, content),) = ledger._rows("SELECT id, content FROM verdict")
+    ((id, content),) = ledger.rows("SELECT id, content FROM verdict")
     assert id == digest("verdict", content)
-    assert [path.stem for path in blobs(ledger)] == [row[0] for row in ledger._rows("SELECT blob FROM patch")]
+    assert [path.stem for path in blobs(ledger)] == [row[0] for row in ledger.rows("SELECT blob FROM patch")]
 
 
 if __name__ == "__main__":

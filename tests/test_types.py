@@ -588,6 +588,7 @@ def test_a_method_shows_its_fields_and_prepares_nothing_by_default(tiny_gpt2: An
 
 VALUES = {
     "Example": example,
+    "Record": lambda: types.Record(example=example()),
     "Neighbour": lambda: Neighbour(prompt="a", answer="b", ring="subject"),
     "Case": lambda: Case(example=example()),
     "Add": lambda: Add(weight="w", delta=torch.zeros(1)),

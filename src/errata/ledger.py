@@ -1,15 +1,17 @@
-"""The ledger: a directory that keeps examples, patches, verdicts and states, and can prove that they are still what was put in.
+"""The ledger: a directory that keeps examples, records, patches, verdicts and states, and can prove that they are still what was put in.
 
     ledger.sqlite                    what is active, what was judged, what happened when (SQLite, WAL, synchronous FULL; schema below)
     blobs/ab/ab....safetensors       patches and states; a file is named by the SHA-256 of its content
     aside/NAME.safetensors           what may be made again: how far a long preparation has come, the sums of the last build of a method;
                                      behind the SHA-256 of what follows; nothing refers to it
+    aside/memory/                    what may be made again of the edit memory: vectors of its texts, its index (`memory/`)
 
 Commit protocol: the blob is written to a temporary file, synced, renamed, and its folder synced; only then does one transaction refer to
 it, and only after the commit does the call return. So a kill at any moment loses nothing that was acknowledged and leaves at worst a
 stray file, which no reader sees, `verify` reports as harmless and `collect` removes. Opening needs no repair.
 
-Nothing here builds, judges or applies a patch, and nothing here has a model: examples come in, and patches with their verdicts.
+Nothing here builds, judges or applies a patch, and nothing here has a model: examples come in, and patches with their verdicts. The records
+of the edit memory are kept here and put, taken and found by `memory/records.py`.
 A Ledger belongs to the thread that opened it; open one for each thread, as for each process.
 """
 
@@ -38,6 +40,7 @@ from errata.types import (
     InvalidPatch,
     LedgerError,
     Patch,
+    Record,
     State,
     UnknownName,
     Verdict,
@@ -104,6 +107,42 @@ CREATE TABLE event (             -- what happened, in order; rows are only ever 
     detail   TEXT NOT NULL
 ) STRICT
 """,
+    """
+CREATE TABLE record (            -- the edit memory: a row for each time that a record came into force; no row is ever deleted
+    number     INTEGER PRIMARY KEY,
+    id         TEXT NOT NULL,    -- hash of the example's id and the scope
+    example    TEXT NOT NULL REFERENCES example,
+    scope      TEXT NOT NULL,    -- canonical JSON: aliases, tags, since, until
+    supersedes TEXT NOT NULL,    -- ids of the records that it took the place of, one on each line
+    provenance TEXT NOT NULL,    -- where it came from
+    begun      INTEGER NOT NULL REFERENCES event,   -- what put it in force
+    ended      INTEGER REFERENCES event             -- what took it out of force; NULL: it is in force
+) STRICT
+
+CREATE UNIQUE INDEX record_in_force ON record (id) WHERE ended IS NULL
+
+CREATE INDEX record_id ON record (id)
+
+CREATE INDEX record_begun ON record (begun)
+
+CREATE INDEX record_ended ON record (ended) WHERE ended IS NOT NULL
+
+CREATE TABLE question (          -- how a record is asked for: its prompt, and the prompt with each alias in the subject's place
+    number     INTEGER PRIMARY KEY,  -- by which an index knows its vector
+    record     INTEGER NOT NULL REFERENCES record,
+    text       TEXT NOT NULL,
+    folded     TEXT NOT NULL     -- without case, width and the mark at the end: where contradictions are looked for
+) STRICT
+
+CREATE INDEX question_record ON question (record)
+
+CREATE INDEX question_folded ON question (folded)
+
+CREATE TABLE encoder (           -- at most one row: what turns the memory's questions into vectors
+    id         TEXT NOT NULL,    -- hash of its weights and settings
+    name       TEXT NOT NULL     -- what loads it
+) STRICT
+""",
 )
 
 
@@ -126,7 +165,7 @@ def _migrate(db: sqlite3.Connection) -> None:
 # ------------------------------------------------------------------------------------------------------------------------- what it tells
 
 
-Kind = Literal["database", "example", "patch", "verdict", "state", "stray"]
+Kind = Literal["database", "example", "record", "patch", "verdict", "state", "stray"]
 
 
 @final
@@ -236,7 +275,7 @@ class Ledger:
         `source` says where they came from, and stands in the log.
         Raises ConflictError if one contradicts another that is active or in `examples`, LedgerError.
         """
-        with self._writing():
+        with self.writing():
             for example in examples:
                 self._activate(example, source)
         return [example.id for example in examples]
@@ -246,7 +285,7 @@ class Ledger:
 
         Raises UnknownName if `old` is not active, ConflictError if `example` contradicts what stays active, LedgerError.
         """
-        with self._writing():
+        with self.writing():
             old = self._resolve("active", old)
             self._deactivate(old, "supersede", f"by {example.id}")
             self._activate(example, f"instead of {old}")
@@ -257,14 +296,14 @@ class Ledger:
 
         Raises UnknownName if it is not active, LedgerError.
         """
-        with self._writing():
+        with self.writing():
             id = self._resolve("active", id)
             self._deactivate(id, "retract", "")
         return id
 
     def active(self) -> tuple[Example, ...]:
         """The active examples in the order in which they were added. Raises LedgerError if one was altered."""
-        rows = self._rows("SELECT id, content, prompt FROM example JOIN active USING (id) ORDER BY place")
+        rows = self.rows("SELECT id, content, prompt FROM example JOIN active USING (id) ORDER BY place")
         return tuple(_example(*row) for row in rows)
 
     def examples(self, start: str = "") -> tuple[ExampleRow, ...]:
@@ -272,7 +311,7 @@ class Ledger:
 
         Raises LedgerError if one of them was altered.
         """
-        rows = self._rows(
+        rows = self.rows(
             """SELECT id, content, prompt, active.place IS NOT NULL, at, what, detail
                FROM example LEFT JOIN active USING (id) JOIN event USING (id)
                WHERE substr(id, 1, length(?1)) = ?1 AND number IN (SELECT max(number) FROM event GROUP BY id)
@@ -286,7 +325,7 @@ class Ledger:
 
     def history(self) -> tuple[Event, ...]:
         """Everything that happened, oldest first. Raises LedgerError."""
-        rows = self._rows("SELECT at, what, id, detail FROM event ORDER BY number")
+        rows = self.rows("SELECT at, what, id, detail FROM event ORDER BY number")
         return tuple(Event(at=at, what=what, id=id, detail=detail) for at, what, id, detail in rows)
 
     # -------------------------------------------------------------------------------------------------------- patches and verdicts
@@ -303,7 +342,7 @@ class Ledger:
         raw = to_bytes(patch)
         examples = "\n".join(example.id for example in patch.examples)
         ruling = json.dumps(verdict.as_dict(), sort_keys=True)  # not canonical_json: a refused patch may well have a loss of NaN
-        with self._writing():
+        with self.writing():
             blob = self._keep(raw)
             self._db.execute("INSERT OR REPLACE INTO patch VALUES (?, ?, ?, ?)", (patch.id, patch.method, examples, blob))
             row = (digest("verdict", ruling), patch.id, ruling, _now())
@@ -318,19 +357,19 @@ class Ledger:
         Raises LedgerError if no patch qualifies, with the reason, or if its file is missing or altered; UnknownName, InvalidPatch.
         """
         whole = self._latest() if id is None else self._resolve("patch", id)
-        (row,) = self._rows("SELECT id, method, examples, blob FROM patch WHERE id = ?", whole)
+        (row,) = self.rows("SELECT id, method, examples, blob FROM patch WHERE id = ?", whole)
         return self._load_patch(*row)
 
     def verdict(self, patch_id: str) -> Verdict:
         """The latest verdict on a patch. Raises UnknownName, or LedgerError if it was altered."""
         patch_id = self._resolve("patch", patch_id)
-        (row,) = self._rows("SELECT patch, id, content FROM verdict WHERE patch = ? ORDER BY number DESC LIMIT 1", patch_id)
+        (row,) = self.rows("SELECT patch, id, content FROM verdict WHERE patch = ? ORDER BY number DESC LIMIT 1", patch_id)
         return _verdict(*row)
 
     def patches(self) -> tuple[PatchRow, ...]:
         """Every patch with its latest verdict, the one judged last at the end. Raises LedgerError."""
-        active = {id for (id,) in self._rows("SELECT id FROM active")}
-        rows = self._rows(
+        active = {id for (id,) in self.rows("SELECT id FROM active")}
+        rows = self.rows(
             """SELECT patch.id, patch.method, patch.examples, verdict.id, verdict.content, verdict.at
                FROM patch JOIN verdict ON verdict.patch = patch.id
                WHERE verdict.number = (SELECT max(number) FROM verdict WHERE patch = patch.id)
@@ -357,7 +396,7 @@ class Ledger:
         """
         self._check_base(f"State {state.id}", state.host)
         raw = _state_bytes(state)
-        with self._writing():
+        with self.writing():
             blob = self._keep(raw)
             self._db.execute("INSERT OR REPLACE INTO state VALUES (?, ?)", (state.id, blob))
             _log(self._db, "state", state.id, state.method)
@@ -365,12 +404,12 @@ class Ledger:
 
     def state(self, id: str) -> State:
         """The state with this id, its file checked first. Raises UnknownName, or LedgerError if the file is missing or altered."""
-        (row,) = self._rows("SELECT id, blob FROM state WHERE id = ?", self._resolve("state", id))
+        (row,) = self.rows("SELECT id, blob FROM state WHERE id = ?", self._resolve("state", id))
         return self._load_state(*row)
 
     def latest_state(self, method: str) -> State | None:
         """The newest state of a method; None if it has prepared nothing. Raises LedgerError if its file is missing or altered."""
-        rows = self._rows("SELECT id FROM event WHERE what = 'state' AND detail = ? ORDER BY number DESC LIMIT 1", method)
+        rows = self.rows("SELECT id FROM event WHERE what = 'state' AND detail = ? ORDER BY number DESC LIMIT 1", method)
         return self.state(rows[0][0]) if rows else None
 
     def put_aside(self, state: State, name: str | None = None) -> None:
@@ -410,14 +449,15 @@ class Ledger:
         """
         problems: list[Problem] = []
         try:
-            damage = [str(row[0]) for row in self._rows("PRAGMA integrity_check") if row[0] != "ok"]
-            damage += [f"row {row[1]} of {row[0]} refers to a missing row of {row[2]}" for row in self._rows("PRAGMA foreign_key_check")]
+            damage = [str(row[0]) for row in self.rows("PRAGMA integrity_check") if row[0] != "ok"]
+            damage += [f"row {row[1]} of {row[0]} refers to a missing row of {row[2]}" for row in self.rows("PRAGMA foreign_key_check")]
             if damage:
                 return [Problem(kind="database", where=str(self.path / FILE), sentence=f"The database is damaged: {d}.") for d in damage]
-            problems += _refused("example", _example, self._rows("SELECT id, content, prompt FROM example"))
-            problems += _refused("patch", self._load_patch, self._rows("SELECT id, method, examples, blob FROM patch"))
-            problems += _refused("verdict", _verdict, self._rows("SELECT patch, id, content FROM verdict"))
-            problems += _refused("state", self._load_state, self._rows("SELECT id, blob FROM state"))
+            problems += _refused("example", _example, self.rows("SELECT id, content, prompt FROM example"))
+            problems += _refused("record", record_of, self.rows(f"SELECT {RECORD} FROM record JOIN example ON example.id = record.example"))
+            problems += _refused("patch", self._load_patch, self.rows("SELECT id, method, examples, blob FROM patch"))
+            problems += _refused("verdict", _verdict, self.rows("SELECT patch, id, content FROM verdict"))
+            problems += _refused("state", self._load_state, self.rows("SELECT id, blob FROM state"))
             for path in self._strays():
                 problems.append(Problem(kind="stray", where=str(path), sentence=f"{path} belongs to nothing that was acknowledged."))
         except LedgerError as e:
@@ -426,26 +466,39 @@ class Ledger:
 
     def collect(self) -> list[Path]:
         """Remove the stray files that a kill left behind, and say which. Raises LedgerError."""
-        with self._writing():
+        with self.writing():
             strays = self._strays()
             for path in strays:
                 path.unlink()
         return strays
 
-    # -------------------------------------------------------------------------------------------------------------------- inside
+    # ------------------------------------------------------------------------------------------- for the rooms that keep something here
 
-    def _rows(self, sql: str, *values: str) -> list[Any]:
+    def rows(self, sql: str, *values: str | int) -> list[Any]:
+        """What a statement gives. Raises LedgerError."""
         with _spoken(self.path):
             return self._db.execute(sql, values).fetchall()
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
         """All of the block or nothing of it.
 
         Blobs are written inside too: otherwise `collect` in another process could take one for a stray before its row is there.
         """
         with _spoken(self.path), _transaction(self._db):
             yield
+
+    def log(self, what: str, id: str, detail: str) -> int:
+        """Say in the log what happened, inside `writing`. Returns the number of the event."""
+        return _log(self._db, what, id, detail)
+
+    def keep_example(self, example: Example) -> str:
+        """Write down an example without making it active, inside `writing`. Returns its id."""
+        row = (example.id, canonical_json(example.as_dict()), plain(example.prompt))
+        self._db.execute("INSERT OR REPLACE INTO example VALUES (?, ?, ?)", row)
+        return example.id
+
+    # -------------------------------------------------------------------------------------------------------------------- inside
 
     def _catch_up(self) -> None:
         with _spoken(self.path):
@@ -464,7 +517,7 @@ class Ledger:
                     _migrate(self._db)
 
     def _about(self) -> tuple[str, str, Budget]:
-        rows = self._rows("SELECT host, model, budget FROM ledger")
+        rows = self.rows("SELECT host, model, budget FROM ledger")
         with _parsing(f"The ledger {self.path}"):
             ((host, model, budget),) = rows
             return host, model, Budget(**json.loads(budget))
@@ -479,28 +532,28 @@ class Ledger:
         prefix = given if given.startswith("b2:") else f"b2:{given}"
         if len(prefix) < len("b2:") + SHORTEST:
             raise UnknownName(f"'{given}' is too short to name one {noun}. Write {SHORTEST} hex digits of its id or more.")
-        found = [id for (id,) in self._rows(f"SELECT id FROM {table} WHERE substr(id, 1, length(?1)) = ?1 ORDER BY id", prefix)]
+        found = [id for (id,) in self.rows(f"SELECT id FROM {table} WHERE substr(id, 1, length(?1)) = ?1 ORDER BY id", prefix)]
         if not found:
             if table == "active" and (gone := [row for row in self.examples(prefix) if not row.active]):
                 raise UnknownName(
                     f"Example {gone[-1].example.id} is not active: {_ENDED[gone[-1].last.what]} {gone[-1].last.at[:19]} (UTC)."
                 )
-            raise UnknownName.among(noun, given, [id for (id,) in self._rows(f"SELECT id FROM {table}")])
+            raise UnknownName.among(noun, given, [id for (id,) in self.rows(f"SELECT id FROM {table}")])
         if len(found) > 1:
             raise UnknownName(f"'{given}' is the start of more than one {noun}: {', '.join(found)}. Write more of it.")
         return str(found[0])
 
     def _activate(self, example: Example, detail: str) -> None:
-        id, prompt = example.id, _plain(example.prompt)
-        if self._rows("SELECT 1 FROM active WHERE id = ?", id):
+        id, prompt = example.id, plain(example.prompt)
+        if self.rows("SELECT 1 FROM active WHERE id = ?", id):
             return
-        for row in self._rows("SELECT id, content, prompt FROM example JOIN active USING (id) WHERE prompt = ? ORDER BY place", prompt):
-            if _contradict(other := _example(*row), example):
+        for row in self.rows("SELECT id, content, prompt FROM example JOIN active USING (id) WHERE prompt = ? ORDER BY place", prompt):
+            if contradict(other := _example(*row), example):
                 raise ConflictError(
-                    f"Two examples for '{prompt}' contradict each other: {_claim(other)} ({other.id}) and {_claim(example)} ({id}). "
+                    f"Two examples for '{prompt}' contradict each other: {claim(other)} ({other.id}) and {claim(example)} ({id}). "
                     f"Supersede the first with the second, or retract the first, or leave the second out."
                 )
-        self._db.execute("INSERT OR REPLACE INTO example VALUES (?, ?, ?)", (id, canonical_json(example.as_dict()), prompt))
+        self.keep_example(example)
         self._db.execute("INSERT INTO active (id) VALUES (?)", (id,))
         _log(self._db, "add", id, detail)
 
@@ -513,7 +566,7 @@ class Ledger:
         rows = self.patches()
         passed = [row.id for row in rows if row.current and row.verdict.passed]
         if not passed:
-            raise LedgerError(_why_no_patch(rows, {id for (id,) in self._rows("SELECT id FROM active")}))
+            raise LedgerError(_why_no_patch(rows, {id for (id,) in self.rows("SELECT id FROM active")}))
         return passed[-1]
 
     # ------------------------------------------------------------------------------------------------------------------------ blobs
@@ -553,7 +606,7 @@ class Ledger:
 
     def _strays(self) -> list[Path]:
         """Blobs that no row refers to, and temporary files. Whatever else someone put there is not ours to judge."""
-        kept = {self._blob_path(sha) for (sha,) in self._rows("SELECT blob FROM patch UNION SELECT blob FROM state")}
+        kept = {self._blob_path(sha) for (sha,) in self.rows("SELECT blob FROM patch UNION SELECT blob FROM state")}
         found = [*self.path.glob("blobs/??/*.safetensors"), *self.path.glob(f"blobs/??/{TEMPORARY}*")]
         return sorted(path for path in found if path not in kept)
 
@@ -612,8 +665,10 @@ def _spoken(path: Path) -> Iterator[None]:
         raise LedgerError(f"The ledger {path} cannot be written: {e.strerror}. Mend that and try again.") from e
 
 
-def _log(db: sqlite3.Connection, what: str, id: str, detail: str) -> None:
-    db.execute("INSERT INTO event (at, what, id, detail) VALUES (?, ?, ?, ?)", (_now(), what, id, detail))
+def _log(db: sqlite3.Connection, what: str, id: str, detail: str) -> int:
+    number = db.execute("INSERT INTO event (at, what, id, detail) VALUES (?, ?, ?, ?)", (_now(), what, id, detail)).lastrowid
+    assert number is not None
+    return number
 
 
 def _now() -> str:
@@ -635,9 +690,22 @@ def _parsing(what: str) -> Iterator[None]:
 def _example(id: str, content: str, prompt: str) -> Example:
     with _parsing(f"Example {id}"):
         example = Example(**json.loads(content))
-    if (example.id, _plain(example.prompt)) != (id, prompt):
+    if (example.id, plain(example.prompt)) != (id, prompt):
         raise LedgerError(f"The row of example {id} was altered. Retract it and add it again.")
     return example
+
+
+RECORD = "record.id, example.content, example.prompt, example.id, record.scope"  # the columns that `record_of` reads
+
+
+def record_of(id: str, content: str, prompt: str, example_id: str, scope: str) -> Record:
+    """The record that a row holds, checked against its hashes. Raises LedgerError."""
+    example = _example(example_id, content, prompt)
+    with _parsing(f"Record {id}"):
+        record = Record.from_dict(example.as_dict() | json.loads(scope))
+    if record.id != id:
+        raise LedgerError(f"The row of record {id} was altered. Retract it and add it again.")
+    return record
 
 
 def _verdict(patch_id: str, id: str, content: str) -> Verdict:
@@ -706,20 +774,22 @@ def _state_from_bytes(raw: bytes, what: str) -> State:
 # ----------------------------------------------------------------------------------------------------------------------- contradictions
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """`text` with each run of white space as one space."""
     return " ".join(text.split())
 
 
-def _claim(example: Example) -> str:
+def claim(example: Example) -> str:
+    """What an example asks for, in words."""
     against = f" against '{example.contrast}'" if example.contrast is not None else ""
     return f"{example.goal} '{example.target}'{against}"
 
 
-def _contradict(a: Example, b: Example) -> bool:
+def contradict(a: Example, b: Example) -> bool:
     """Whether no model can do what both examples of one prompt ask for. Several targets may be lowered; only one may be raised."""
     a, b = sorted((a, b), key=lambda example: GOALS.index(example.goal))
-    a_target, b_target = _plain(a.target), _plain(b.target)
-    a_contrast, b_contrast = _plain(a.contrast or ""), _plain(b.contrast or "")
+    a_target, b_target = plain(a.target), plain(b.target)
+    a_contrast, b_contrast = plain(a.contrast or ""), plain(b.contrast or "")
     match a.goal, b.goal:
         case "raise", "raise":
             return a_target != b_target

@@ -1,18 +1,18 @@
-"""The nouns: Example, Case, Op, Patch, Budget, Verdict, Score, State, Run, Rows, Method, and the error tree.
+"""The nouns: Example, Record, Case, Op, Patch, Budget, Verdict, Score, State, Run, Rows, Method, and the error tree.
 
 Values only: frozen, keyword-only, checked once at construction, named by a hash of their content (`id`, "b2:" and 32 hex digits).
 Nothing here reads a file, touches a model or knows a method. Change a value with `dataclasses.replace`.
 
 EditError                                what the user can act on; the CLI prints the sentence, never a traceback
 ├── InvalidExample    (ValueError)       empty target, contrast without a goal that needs it, prompt too long, ...
-├── ConflictError     (ValueError)       two active examples give one prompt two answers
+├── ConflictError     (ValueError)       two active examples, or two records of the edit memory, give one question two answers
 ├── InvalidPatch      (ValueError)       a file or value that is not a whole, finite, well-formed patch
-├── WrongBase         (ValueError)       the patch was made for other weights
+├── WrongBase         (ValueError)       the patch, or the index of a memory, was made for other weights
 ├── BudgetError       (ValueError)       a budget that cannot be, or a patch that does not fit it
 ├── InvalidReference  (ValueError)       reference text missing, empty, binary, or with nothing left to measure
 ├── UnknownName       (KeyError)         a method, host, module or record that does not exist ("Did you mean ...?")
 ├── UnknownArchitecture (NotImplementedError)  no row in hosts.LAYOUTS
-├── LedgerError       (OSError)          a ledger that is busy, damaged, or cannot be written
+├── LedgerError       (OSError)          a ledger or a memory that is busy, damaged, gone, or cannot be written
 ├── LeakError         (ValueError)       evaluation on a case that a state was trained on
 ├── EngineError       (RuntimeError)     no workers to be had, or workers that die again and again
 └── MissingExtra      (ImportError)      an optional dependency that is not installed, with its install line
@@ -23,9 +23,11 @@ import hashlib
 import itertools
 import json
 import math
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, final, get_args, runtime_checkable
 
@@ -180,6 +182,105 @@ class Example:
     def __str__(self) -> str:
         versus = f" / {self.contrast}" if self.contrast is not None else ""
         return f"{self.prompt}|{self.target}{versus}"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What the edit memory holds: an example, and which questions it concerns.
+
+    aliases        other names of the example's subject: the question asked with one of them is the same question
+    tags           a record without tags concerns every query, one with tags those queries that carry one of them
+    since, until   from when, and up to but without which moment, it holds; ISO 8601, kept as UTC to the second; None: no bound
+
+    What it stands in the place of and where it came from are no part of it: the store keeps them beside it. Raises InvalidExample.
+    """
+
+    example: Example
+    aliases: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    since: str | None = None
+    until: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.example, Example):
+            raise InvalidExample(f"A record of the memory holds an example, got {type(self.example).__name__} {self.example!r}.")
+        for name in ("aliases", "tags"):
+            given = getattr(self, name)
+            if isinstance(given, str):
+                raise InvalidExample(f"'{name}' is a list of texts, got the one text '{given}'.")
+            for text in given:
+                _check_text(**{name: text})
+                if not text.strip():
+                    raise InvalidExample(f"One of the {name} of '{self.example}' is empty. Leave it out.")
+            # one spelling for each value: in another order, or said twice, they are the same record
+            object.__setattr__(self, name, tuple(sorted(set(given))))
+        if self.aliases and self.example.subject is None:
+            raise InvalidExample(f"'{self.example}' has aliases and no subject. Name the subject that they are other names of.")
+        for name in ("since", "until"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, utc(given))
+        if self.since is not None and self.until is not None and self.since >= self.until:
+            raise InvalidExample(f"'{self.example}' would hold until {self.until}, and only since {self.since}.")
+
+    @property
+    def scope(self) -> dict[str, Any]:
+        return {"aliases": list(self.aliases), "tags": list(self.tags), "since": self.since, "until": self.until}
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.example.as_dict() | self.scope
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "Record":
+        """The inverse of `as_dict`. Raises InvalidExample on missing or unknown keys."""
+        try:
+            scope: dict[str, Any] = {
+                k: tuple(raw[k]) if isinstance(raw[k], list) else raw[k] for k in ("aliases", "tags", "since", "until") if k in raw
+            }
+            return cls(example=Example(**{k: v for k, v in raw.items() if k not in scope}), **scope)
+        except TypeError as e:
+            raise InvalidExample(f"Not a record: {e}.") from e
+
+    @property
+    def id(self) -> str:
+        return digest("record", self.example.id, canonical_json(self.scope))
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """The prompt, and the prompt with each alias in the subject's place."""
+        prompt, subject = self.example.prompt, self.example.subject
+        return tuple(dict.fromkeys([prompt, *(prompt.replace(subject, alias) for alias in self.aliases if subject is not None)]))
+
+    def holds(self, moment: str) -> bool:
+        """Whether it is valid at `moment`, written as `utc` writes it."""
+        return (self.since is None or self.since <= moment) and (self.until is None or moment < self.until)
+
+    def concerns(self, tags: Iterable[str]) -> bool:
+        """Whether a query that carries `tags` is one of those that the record is about."""
+        return not self.tags or not set(self.tags).isdisjoint(tags)
+
+    def meets(self, other: "Record") -> bool:
+        """Whether some query at some moment concerns both."""
+        together = not self.tags or not other.tags or not set(self.tags).isdisjoint(other.tags)
+        begun = max(self.since or "", other.since or "")
+        return together and all(until is None or begun < until for until in (self.until, other.until))
+
+
+def utc(moment: str | datetime) -> str:
+    """A date or a time in ISO 8601 as UTC to the second, so that the order of texts is that of times. Without a zone it is taken for UTC.
+
+    Raises InvalidExample.
+    """
+    try:
+        read = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
+        return (read.replace(tzinfo=UTC) if read.tzinfo is None else read.astimezone(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (TypeError, ValueError, OverflowError, AttributeError) as e:
+        raise InvalidExample(f"{moment!r} is no time. Write it as 2026-11-22 or 2026-11-22T09:30+01:00.") from e
+
+
+def folded(question: str) -> str:
+    """The spelling under which a question is looked up: case, width, white space and the mark at the end make no other question of it."""
+    return " ".join(unicodedata.normalize("NFKC", question).casefold().split()).rstrip(" .?!:…")
 
 
 @final

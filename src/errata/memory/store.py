@@ -1,0 +1,245 @@
+"""EditMemory: the records of a ledger, found by their vectors.
+
+    write   the questions are encoded and kept, then one transaction puts the record in force. A kill between the two leaves vectors that
+            nobody asks for.
+    search  the index is first brought up to what the ledger holds now, so that nothing which is in force is missed and nothing which is not
+            is found, whoever wrote it; then the nearest questions whose record holds at that moment and for those tags.
+
+The index and the vectors are made again from the records wherever they are missing or damaged, and whoever opened the memory is told.
+The memory belongs to one encoder from its first record on (`moved` takes it to another), for what counts as near depends on it.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import final
+
+import numpy as np
+
+from errata.ledger import Ledger
+from errata.memory.encoder import Encoder
+from errata.memory.index import EXACT, TAIL, Index
+from errata.memory.records import Clash, RecordRow, Records
+from errata.memory.vectors import BATCH, Cache
+from errata.types import LedgerError, MissingExtra, Record, WrongBase, utc
+
+FOLDER = Path("aside") / "memory"
+WIDEST = 4096  # questions that are looked through for those of a tag or a time, before all are
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Hit:
+    """A record that a search found: `score` is the cosine of the query and the nearest of its questions, `question`."""
+
+    row: RecordRow
+    score: float
+    question: str
+
+    @property
+    def record(self) -> Record:
+        return self.row.record
+
+
+def warn(sentence: str) -> None:
+    """The `note` of whoever gives none."""
+    warnings.warn(sentence, stacklevel=2)
+
+
+def now() -> str:
+    return utc(datetime.now(UTC))
+
+
+@final
+class EditMemory:
+    """The memory of an open ledger, by one encoder. Close it, or use it in `with`; the ledger stays open."""
+
+    def __init__(self, ledger: Ledger, encoder: Encoder, *, note: Callable[[str], None] = warn, exact: int = EXACT) -> None:
+        """Open the memory. `note` hears what was damaged and is made again; `exact`: up to so many questions are compared one by one.
+
+        Raises WrongBase if the memory's vectors are from another encoder, LedgerError.
+        """
+        self.records, self.encoder, self.note = Records(ledger), encoder, note
+        self._check_encoder()
+        self._cache = Cache(ledger.path / FOLDER / "vectors.sqlite", note)
+        self._index = Index(encoder.width, exact)
+        self._moment: tuple[int, str] | None = None  # up to where the index is complete; None: it was not read yet
+        self._graph_moment: tuple[int, str] = (0, "")  # up to where its graph is, without the tail
+        self._saved = 0  # how many the graph on the disk finds
+        self._graphs = True  # whether there is usearch
+
+    def close(self) -> None:
+        """Keep the graph, if it has grown by much, and hand the files back. Closing twice is no error."""
+        if self._moment is not None and self._index.folded > self._saved + TAIL:
+            self._save()
+        self._cache.close()
+
+    def __enter__(self) -> "EditMemory":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def _file(self) -> Path:
+        # named by the encoder: a move that is killed half-way leaves nothing that the other one would stumble over
+        return self.records.ledger.path / FOLDER / f"graph-{self.encoder.id.removeprefix('b2:')[:12]}.json"
+
+    # -------------------------------------------------------------------------------------------------------------------- writing
+
+    def add(self, *records: Record, clash: Clash = "refuse", provenance: str = "") -> list[str]:
+        """As `Records.add`. Raises InvalidExample besides, if a question is longer than the encoder's window."""
+        self._encode(records)
+        return self.records.add(*records, clash=clash, provenance=provenance)
+
+    def supersede(self, old: str, record: Record, provenance: str = "") -> str:
+        """As `Records.supersede`. Raises InvalidExample besides, if a question is longer than the encoder's window."""
+        self._encode([record])
+        return self.records.supersede(old, record, provenance)
+
+    def retract(self, id: str) -> str:
+        """As `Records.retract`."""
+        return self.records.retract(id)
+
+    def undo(self, id: str) -> tuple[str, ...]:
+        """As `Records.undo`."""
+        return self.records.undo(id)
+
+    # ------------------------------------------------------------------------------------------------------------------ listing
+
+    def active(self) -> tuple[Record, ...]:
+        """As `Records.active`."""
+        return self.records.active()
+
+    def listed(self, start: str = "") -> tuple[RecordRow, ...]:
+        """As `Records.listed`."""
+        return self.records.listed(start)
+
+    # ------------------------------------------------------------------------------------------------------------------ searching
+
+    def search(self, query: str, k: int = 8, *, tags: Iterable[str] = (), at: str | datetime | None = None) -> tuple[Hit, ...]:
+        """The k records nearest to `query` that hold `at` a moment (now) and concern a query with `tags`, the nearest first, of equal ones
+        the newer. Raises InvalidExample if the query is empty or longer than the encoder's window, LedgerError.
+        """
+        return self.nearest(self.encoder.encode([query])[0], k, tags=tags, at=at)
+
+    def nearest(self, vector: np.ndarray, k: int = 8, *, tags: Iterable[str] = (), at: str | datetime | None = None) -> tuple[Hit, ...]:
+        """As `search`, for the vector (D,) of a query."""
+        self.catch_up()
+        moment, tags = now() if at is None else utc(at), frozenset(tags)
+        fetch = 2 * k
+        while True:
+            numbers, scores = self._index.search(vector, fetch)
+            found = self._holding(numbers.tolist(), scores.tolist(), moment, tags)
+            if len(found) >= k or fetch >= len(self._index):
+                break
+            fetch = 4 * fetch if 4 * fetch <= WIDEST else len(self._index)
+        found = dict(list(found.items())[:k])
+        rows = self.records.numbered(found)
+        return tuple(Hit(row=rows[number], score=score, question=text) for number, (score, text) in found.items())
+
+    def _holding(self, numbers: list[int], scores: list[float], moment: str, tags: frozenset[str]) -> dict[int, tuple[float, str]]:
+        """{record: (score, question)} for the records of these questions that hold and are concerned, each once, the nearest first."""
+        asked = {question: (record, text, scope) for question, record, text, scope in self.records.asked(numbers)}
+        found: dict[int, tuple[float, str]] = {}
+        for number, score in zip(numbers, scores, strict=True):
+            if number not in asked:  # another process took it out of force since the index was brought up to date
+                continue
+            record, text, scope = asked[number]
+            if record not in found and _concerns(json.loads(scope), moment, tags):
+                found[record] = (score, text)
+        return dict(sorted(found.items(), key=lambda item: (-item[1][0], -item[0])))
+
+    # -------------------------------------------------------------------------------------------------------------------- the index
+
+    def catch_up(self) -> None:
+        """Bring the index up to what the ledger holds now. Raises LedgerError."""
+        moment = self.records.moment()
+        if moment == self._moment:
+            return
+        if self._moment is None:
+            self._check_encoder()
+            self._moment = self._load()
+        after = self._moment[0]
+        self._index.remove(np.array(self.records.went(after), dtype=np.int64))
+        came = self.records.came(after, moment[0])
+        for at in range(0, len(came), BATCH):
+            numbers, texts = zip(*came[at : at + BATCH], strict=True)
+            self._index.add(np.array(numbers, dtype=np.int64), self._cache.of(self.encoder, texts))
+        self._moment = moment
+        if self._index.due and self._graphs:
+            self._fold()
+
+    def _fold(self) -> None:
+        try:
+            self._index.fold()
+        except MissingExtra as e:
+            self.note(f"{e} Until then a search compares all {len(self._index)} of them.")
+            self._graphs = False
+            return
+        assert self._moment is not None
+        self._graph_moment = self._moment
+        if self._index.folded > 1.2 * self._saved:  # not each time: with a million questions the file has a gigabyte
+            self._save()
+
+    def _load(self) -> tuple[int, str]:
+        """The moment of the graph on the disk, which is in the index now; the beginning, if there is none."""
+        try:
+            moment = self._index.load(self._file, self.encoder.id)
+            if moment is not None and not self.records.was(*moment):
+                self._index = Index(self.encoder.width, self._index.exact)
+                raise LedgerError(f"The index {self._file} is not of this ledger, or of a later state of it.")
+        except LedgerError as e:
+            self.note(f"{e} It is made again from the records.")
+            moment = None
+        except MissingExtra as e:
+            self.note(f"{e} Until then a search compares all questions.")
+            moment, self._graphs = None, False
+        self._saved = self._index.folded
+        self._graph_moment = moment or (0, "")
+        return self._graph_moment
+
+    def _save(self) -> None:
+        self._index.save(self._file, self.encoder.id, self._graph_moment)
+        self._saved = self._index.folded
+
+    def _encode(self, records: Iterable[Record]) -> None:
+        self._check_encoder(bind=True)
+        self._cache.of(self.encoder, [question for record in records for question in record.questions])
+
+    def _check_encoder(self, bind: bool = False) -> None:
+        bound = self.records.encoder
+        if bound is None and bind:
+            self.records.bind(self.encoder.id, self.encoder.name)
+        elif bound is not None and bound[0] != self.encoder.id:
+            raise WrongBase(
+                f"The memory of {self.records.ledger.path} is of the encoder {bound[1]} ({bound[0]}), and this one is {self.encoder.name} "
+                f"({self.encoder.id}). Open it with the first, or move it to the second: errata memory move {self.encoder.name}."
+            )
+
+
+def moved(ledger: Ledger, encoder: Encoder, *, note: Callable[[str], None] = warn) -> None:
+    """Take the memory of a ledger to another encoder: all its questions are encoded before anything changes.
+
+    Raises InvalidExample if one is longer than the encoder's window, LedgerError.
+    """
+    records, folder = Records(ledger), ledger.path / FOLDER
+    cache = Cache(folder / "vectors.sqlite", note)
+    try:
+        cache.of(encoder, [text for _, text in records.came(0, records.moment()[0])])
+        records.bind(encoder.id, encoder.name)
+    finally:
+        cache.close()
+    for old in folder.glob("graph-*"):
+        old.unlink(missing_ok=True)
+
+
+def _concerns(scope: dict[str, list[str] | str | None], moment: str, tags: frozenset[str]) -> bool:
+    """As `Record.holds` and `Record.concerns`, on the scope alone: a search with a rare tag looks at very many."""
+    since, until, own = scope["since"], scope["until"], scope["tags"] or ()
+    in_time = (since is None or str(since) <= moment) and (until is None or moment < str(until))
+    return in_time and (not own or not tags.isdisjoint(own))
