@@ -185,7 +185,7 @@ def test_version_and_usage() -> None:
 
 
 def test_an_interrupt_is_a_sentence_and_130(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(hosts, "load", interrupt)
@@ -215,7 +215,7 @@ def test_a_bar_only_for_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_our_own_mistakes_keep_their_traceback(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "load", lambda *_: 1 // 0)
+    monkeypatch.setattr(hosts, "load", lambda *_, **__: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         place("ask", "Hello")
 
