@@ -98,7 +98,7 @@ def of_adding(args, memory: EditMemory, made: "Made", n: int) -> float:
         then.append(time.perf_counter() - began)
     later = f"the next query, which finds it: {1e3 * statistics.median(then):.2f} ms"
     if n > EXACT:
-        tail = memory._index._count
+        tail = memory._index.tail
         began = time.perf_counter()
         memory._index.fold()
         later += f"; to bring it into the graph later: {1e3 * (time.perf_counter() - began) / tail:.2f} ms"
