@@ -57,6 +57,11 @@ class Index:
         return 0 if self._graph is None else len(self._graph) - len(self._gone)
 
     @property
+    def tail(self) -> int:
+        """How many stand beside the graph, or are all there are."""
+        return self._count
+
+    @property
     def due(self) -> bool:
         """Whether it is time to `fold`."""
         if self._graph is None:

@@ -164,34 +164,49 @@ class EditMemory:
         if self._moment is None:
             self._check_encoder()
             self._moment = self._load()
-        after = self._moment[0]
+        try:
+            self._follow(self._moment[0], moment[0])
+        except BaseException:  # half of it is in the index: the next search begins with what is on the disk
+            self._forget()
+            raise
+        self._moment = moment
+        if self._index.folded and not self._index.tail:  # the graph holds all; with a tail beside it it is as old as it was
+            self._graph_moment = moment
+        if self._index.folded > 1.2 * self._saved:  # not each time: with a million questions the file has a gigabyte
+            self._save()
+
+    def _follow(self, after: int, upto: int) -> None:
+        """Take out of the index what went after one event, and put in what came up to another."""
         self._index.remove(np.array(self.records.went(after), dtype=np.int64))
-        came = self.records.came(after, moment[0])
+        came, folded = self.records.came(after, upto), self._fold()
         for at in range(0, len(came), BATCH):
             numbers, texts = zip(*came[at : at + BATCH], strict=True)
             self._index.add(np.array(numbers, dtype=np.int64), self._cache.of(self.encoder, texts))
-        self._moment = moment
-        if self._index.due and self._graphs:
-            self._fold()
+            folded |= self._fold()  # in parts, so that a million rows do not stand in memory twice
+        if folded and self._index.tail:
+            self._index.fold()
 
-    def _fold(self) -> None:
+    def _fold(self) -> bool:
+        """Fold the index if it is due; whether it was done."""
+        if not self._index.due or not self._graphs:
+            return False
         try:
             self._index.fold()
         except MissingExtra as e:
-            self.note(f"{e} Until then a search compares all {len(self._index)} of them.")
+            self.note(f"{e} Until then a search compares all of them.")
             self._graphs = False
-            return
-        assert self._moment is not None
-        self._graph_moment = self._moment
-        if self._index.folded > 1.2 * self._saved:  # not each time: with a million questions the file has a gigabyte
-            self._save()
+        return self._graphs
+
+    def _forget(self) -> None:
+        self._index = Index(self.encoder.width, self._index.exact)
+        self._moment, self._graph_moment, self._saved = None, (0, ""), 0
 
     def _load(self) -> tuple[int, str]:
         """The moment of the graph on the disk, which is in the index now; the beginning, if there is none."""
         try:
             moment = self._index.load(self._file, self.encoder.id)
             if moment is not None and not self.records.was(*moment):
-                self._index = Index(self.encoder.width, self._index.exact)
+                self._forget()
                 raise LedgerError(f"The index {self._file} is not of this ledger, or of a later state of it.")
         except LedgerError as e:
             self.note(f"{e} It is made again from the records.")
