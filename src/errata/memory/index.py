@@ -34,6 +34,8 @@ Rows = Float[np.ndarray, "N D"]
 Query = Float[np.ndarray, "D"]
 Scores = Float[np.ndarray, "N"]
 
+ALONE = 4096  # newcomers that one thread adds to the graph
+
 
 @final
 class Index:
@@ -129,7 +131,9 @@ class Index:
                 self._graph, self._gone = None, set()
                 self.add(kept, rows)
             self._graph, self._gone = _graph(self.width), set()
-        self._graph.add(self._numbers[: self._count].astype(np.uint64), self._rows[: self._count].astype(np.float16))
+        # threads that add side by side may leave one without a way to it: in a small graph that counts, and they save no time
+        threads = 1 if self._count <= ALONE else 0
+        self._graph.add(self._numbers[: self._count].astype(np.uint64), self._rows[: self._count].astype(np.float16), threads=threads)
         self._numbers, self._rows = np.empty(0, dtype=np.int64), np.empty((0, self.width), dtype=np.float32)
         self._count, self._place = 0, {}
 
