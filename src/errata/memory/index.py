@@ -34,8 +34,6 @@ Rows = Float[np.ndarray, "N D"]
 Query = Float[np.ndarray, "D"]
 Scores = Float[np.ndarray, "N"]
 
-ALONE = 4096  # newcomers that one thread adds to the graph
-
 
 @final
 class Index:
@@ -131,8 +129,8 @@ class Index:
                 self._graph, self._gone = None, set()
                 self.add(kept, rows)
             self._graph, self._gone = _graph(self.width), set()
-        # threads that add side by side may leave one without a way to it: in a small graph that counts, and they save no time
-        threads = 1 if self._count <= ALONE else 0
+        # threads that add side by side make another graph each time, and a small one then missed a neighbour now and then
+        threads = 1 if self._count <= TAIL else 0
         self._graph.add(self._numbers[: self._count].astype(np.uint64), self._rows[: self._count].astype(np.float16), threads=threads)
         self._numbers, self._rows = np.empty(0, dtype=np.int64), np.empty((0, self.width), dtype=np.float32)
         self._count, self._place = 0, {}
