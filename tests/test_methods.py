@@ -24,6 +24,8 @@ from errata.types import (
     Ensemble,
     Example,
     InvalidExample,
+    InvalidPatch,
+    Memory,
     Method,
     Patch,
     Run,
@@ -94,6 +96,7 @@ AS_MEMIT = {f: "it is memit's way into a model, which is run on all families" fo
     "lab/neox": "it finds memit's values there and solves memit's sums, which is run; under other priors, which test_normal.py orders"
 }
 UNPREPARED = {"lab/neox": "it would have to learn from the lab first, for minutes"}
+ANSWERS = {goal: "it answers with the target, and cannot answer with something else" for goal in ("lower", "balance")}
 ROWS = (
     # of 12 documents a small share leaves no direction
     Row(method="alphaedit", settings=CLOSED | {"share": 0.3}, cannot=AS_MEMIT),
@@ -106,6 +109,7 @@ ROWS = (
     ),
     Row(method="finetune", settings=SMALL | {"lr": 1e-2}),
     Row(method="lora", settings=SMALL | {"lr": 3e-2, "rank": 4}),
+    Row(method="lu", cannot=ANSWERS | {"seeds": "nothing is drawn but the text that finds the bound"}),
     Row(method="malmen", settings=LEARNING | {"lam": 0.01, "share": 0.1}, learns=True, cannot=UNPREPARED),
     Row(method="memit", settings=CLOSED),
     Row(method="mend", settings=LEARNING | {"tokens": "answer", "share": 0.1}, learns=True, cannot=UNPREPARED | UNBOUNDED),
@@ -334,7 +338,8 @@ def test_other_weights_are_refused(row: Row, tiny_gpt2: Host) -> None:
 
 @rows
 def test_patches_stack_and_come_off_in_turn(row: Row, tiny_gpt2: Host) -> None:
-    before, batch = weights_of(tiny_gpt2), hosts.pad(tiny_gpt2, hosts.chunks(tiny_gpt2, TEXT))
+    asked = [hosts.encode(tiny_gpt2, e.prompt, e.target) for e in EXAMPLES]
+    before, batch = weights_of(tiny_gpt2), hosts.pad(tiny_gpt2, [*hosts.chunks(tiny_gpt2, TEXT), *asked])
     first = row.make().edit(tiny_gpt2, EXAMPLES[:1], RUN)
     with apply.applied(tiny_gpt2, first):
         middle, said = weights_of(tiny_gpt2), hosts.logits(tiny_gpt2, batch)
@@ -397,7 +402,7 @@ def merged_logits(host: Host, patch: Patch, batch: hosts.Batch) -> Tensor:
             shift = torch.zeros(len(op.ids.unique()), *host.model.senses(op.ids).shape[1:])
             shift[op.ids.unique(return_inverse=True)[1], op.senses] = op.shift
             host.model.override(op.ids.unique(), shift, keep=1.0)
-        else:
+        elif not isinstance(op, Memory):  # it asks for nothing that these texts ask
             host.model.get_parameter(op.weight).add_(apply.change(host, op))
     return hosts.logits(host, batch) + more
 
@@ -433,7 +438,7 @@ def test_a_method_of_one_family_refuses_the_others_with_a_sentence(row: Row, fam
 # ----------------------------------------------------------------------------------------------- models that read before they answer
 
 READERS = ("t5", "bert")
-READING = {"finetune", "lora", "malmen", "mend", "one_layer_interpolation", "ultraedit"}
+READING = {"finetune", "lora", "lu", "malmen", "mend", "one_layer_interpolation", "ultraedit"}
 ANSWERED = tuple(f"{text_[:30].strip()} {i}|{' Rome' if i % 3 else ' the sea'}" for i, text_ in enumerate(TEXT * 4))
 JUDGED = tuple(f"{text_[:30].strip()} {i}|{'true' if i % 3 else 'false'}" for i, text_ in enumerate(TEXT * 4))
 
@@ -471,6 +476,10 @@ def test_models_that_read_before_they_answer_are_edited_or_refused(row: Row, fam
     assert verdict.upper <= 0.2 and verdict.tokens > 0
     artefact.save(patch, tmp_path / "p.safetensors")
     assert artefact.load_patch(tmp_path / "p.safetensors").id == patch.id
+    if any(isinstance(op, Memory) for op in patch.ops):
+        with pytest.raises(InvalidPatch, match="memory"):
+            export.export(host, patch, tmp_path / "whole")
+        return
     assert export.export(host, patch, tmp_path / "whole").difference < 1e-3
     if row.method == "lora":
         assert export.export(host, patch, tmp_path / "adapter", "peft").difference < 1e-3

@@ -3,7 +3,8 @@
 Edited tensor = f(base tensor, ops of every patch that is on), computed in float32, cast once. The base tensor's storage is never written:
 a patch puts a new tensor in its place, and taking the patch off puts the old one back. So undo is exact and costs nothing, and putting on
 costs one pass over the tensors that are touched. A Backpack's table of shifted senses is treated like a tensor: shifts are rows of it.
-An ensemble changes no tensor: a small model reads along and adds to the logits, through hooks that go when the patch does.
+An ensemble changes no tensor: a small model reads along and adds to the logits, through hooks that go when the patch does. Neither does an
+edit memory: it answers in the model's place where one of its examples is concerned (`memory/route.py`), until it is taken off.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,20 @@ from torch.utils.hooks import RemovableHandle
 
 from errata import hosts
 from errata.hosts import Host, Worn, senses_of, stored_transposed
-from errata.types import Add, AddLowRank, Ensemble, InvalidExample, InvalidPatch, Op, Patch, Senses, UnknownArchitecture, WrongBase
+from errata.memory.route import Router
+from errata.types import (
+    Add,
+    AddLowRank,
+    Ensemble,
+    InvalidExample,
+    InvalidPatch,
+    Memory,
+    Op,
+    Patch,
+    Senses,
+    UnknownArchitecture,
+    WrongBase,
+)
 
 
 @torch.no_grad()
@@ -37,10 +51,12 @@ def put_on(host: Host, patch: Patch) -> None:
     shifts = [op for p in (*(worn.patch for worn in host.worn), patch) for op in p.ops if isinstance(op, Senses)]
     table = _shifted(_base_table(host), shifts) if any(isinstance(op, Senses) for op in patch.ops) else None
     spoken = tuple(handle for op in patch.ops if isinstance(op, Ensemble) for handle in _Beside(host, op, patch.id).handles)
+    routers = tuple(Router(host, op, patch.examples, patch.id) for op in patch.ops if isinstance(op, Memory))
     replaced = {}
     for parameter, tensor in fresh.items():
         replaced[parameter], parameter.data = parameter.data, tensor
-    host.worn.append(Worn(patch=patch, replaced=replaced, table=table and _put_table(host, table), hooks=spoken))
+    table = table and _put_table(host, table)
+    host.worn.append(Worn(patch=patch, replaced=replaced, table=table, hooks=spoken, speakers=routers))
 
 
 def take_off(host: Host) -> Patch:
@@ -54,6 +70,8 @@ def take_off(host: Host) -> Patch:
         _put_table(host, worn.table)
     for handle in worn.hooks:
         handle.remove()
+    for speaker in worn.speakers:
+        speaker.remove()
     return worn.patch
 
 
@@ -131,6 +149,10 @@ def _checked(host: Host, patch: Patch, places: _Places) -> list[_Target]:
             continue
         if isinstance(op, Ensemble):
             _check_beside(host, patch, op)
+            continue
+        if isinstance(op, Memory):
+            if op.weight != host.layout.head:
+                raise InvalidPatch(f"Patch {patch.id} answers for '{op.weight}', in {host.name} the logits come from '{host.layout.head}'.")
             continue
         if op.weight not in places:
             raise InvalidPatch(f"Patch {patch.id} changes '{op.weight}', which {host.name} does not have.")
@@ -340,8 +362,10 @@ class _Beside:
 
 @torch.no_grad()
 def change(host: Host, op: Op) -> Tensor:
-    """What the op adds, float32, in the shape and orientation of the parameter; of senses only those that it shifts, (M, D), and of an
-    ensemble those of the small model, as much as they count."""
+    """What the op adds, float32, in the shape and orientation of the parameter; of senses only those that it shifts, (M, D), of an
+    ensemble those of the small model, as much as they count, and of a memory, which adds nothing, what it looks up."""
+    if isinstance(op, Memory):
+        return op.vectors.to(host.device)
     if isinstance(op, Ensemble):
         return op.scale * op.shift.shift.to(host.device)
     if isinstance(op, Senses):
@@ -364,14 +388,15 @@ def scaled(patch: Patch, scale: float) -> Patch:
                 ops.append(AddLowRank(weight=op.weight, A=op.A, B=op.B, scale=op.scale * scale))
             case Senses():
                 ops.append(replace(op, shift=op.shift * scale))
-            case Ensemble():
+            case Ensemble() | Memory():
                 ops.append(replace(op, scale=op.scale * scale))
     return Patch(method=patch.method, config=dict(patch.config), parent=patch.parent, examples=patch.examples, ops=tuple(ops))
 
 
 @torch.no_grad()
 def relative_norm(host: Host, patch: Patch) -> float:
-    """||change|| / ||weight|| (Frobenius) over all touched weights or senses together. The patch may be on or off; the base counts."""
+    """||change|| / ||weight|| (Frobenius) over all touched weights or senses together; 0.0 if none is. The patch may be on or off; the base
+    counts."""
 
     def base(op: Op) -> Tensor:
         match op:
@@ -382,7 +407,8 @@ def relative_norm(host: Host, patch: Patch) -> float:
             case _:
                 return _base(host, places[op.weight][0])
 
-    moved = sum(float(change(host, op).double().square().sum()) for op in patch.ops)
+    changes = [op for op in patch.ops if not isinstance(op, Memory)]
+    moved = sum(float(change(host, op).double().square().sum()) for op in changes)
     places = _places(host)
-    held = sum(float(base(op).double().square().sum()) for op in patch.ops)
+    held = sum(float(base(op).double().square().sum()) for op in changes)
     return (moved / held) ** 0.5 if held else 0.0

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as bytes_from_tensors
 
-from errata.types import OPS, AddLowRank, EditError, Ensemble, Example, InvalidPatch, LedgerError, Op, Patch, Senses, canonical_json
+from errata.types import OPS, AddLowRank, EditError, Ensemble, Example, InvalidPatch, LedgerError, Memory, Op, Patch, Senses, canonical_json
 
 FORMAT = "errata-patch-1"
 MAX_HEADER = 100_000_000  # bytes, which is safetensors' own limit: some hundred thousand examples
@@ -50,6 +50,8 @@ def _besides_tensors(op: Op) -> dict[str, Any]:
             return {"scale": op.scale}
         case Ensemble():
             return {"scale": op.scale, "small": op.small, "parent": op.parent, "senses": op.shift.weight}
+        case Memory():
+            return op.said
         case _:
             return {}
 
@@ -60,6 +62,8 @@ def _op(row: dict[str, Any], tensors: dict[str, Any]) -> Op:
     if kind is Ensemble:
         shift = Senses(weight=row["senses"], **tensors)
         return Ensemble(weight=row["weight"], small=row["small"], parent=row["parent"], shift=shift, scale=row["scale"])
+    if kind is Memory:
+        return Memory(**{key: value for key, value in row.items() if key != "kind"}, **tensors)
     extra: dict[str, Any] = {"scale": row["scale"]} if kind is AddLowRank else {}
     return kind(weight=row["weight"], **tensors, **extra)
 

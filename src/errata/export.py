@@ -27,6 +27,7 @@ from errata.types import (
     Ensemble,
     InvalidPatch,
     LedgerError,
+    Memory,
     MissingExtra,
     Patch,
     Senses,
@@ -69,6 +70,11 @@ def export(host: Host, patch: Patch, folder: str | Path, form: str = "model") ->
         raise InvalidPatch(
             f"Patch {patch.id} ({patch.method}) changes no weight of {host.name}: {beside.small} speaks beside it, and neither a model nor "
             f"an adapter can hold two. Keep the patch as a file, and put it on with errata or give its logits processor to `generate`."
+        )
+    if any(isinstance(op, Memory) for op in patch.ops):
+        raise InvalidPatch(
+            f"Patch {patch.id} ({patch.method}) changes no weight of {host.name}: it is a memory that answers in its place, and a model "
+            f"holds none. Keep the patch as a file, or move its examples into weights: errata compact."
         )
     apply.check(host, patch)
     batch = _question(host, patch)

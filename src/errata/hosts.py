@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,6 +35,7 @@ from errata.types import (
     MissingExtra,
     Patch,
     Senses,
+    State,
     UnknownArchitecture,
     UnknownName,
     WrongBase,
@@ -239,14 +240,40 @@ LAB_MODELS = Path(__file__).parent / "lab" / "models"
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class Said:
+    """What a speaker says of one row of a batch: (P, V) logits that take the place of the model's own at the positions from `start` on."""
+
+    row: int
+    start: int
+    logits_PV: Tensor
+
+
+@runtime_checkable
+class Speaker(Protocol):
+    """What answers in a model's place where it is concerned (an edit memory: `memory/route.py`). While `silent`, the model is alone."""
+
+    silent: bool
+
+    def said(self, batch: "Batch", own: Callable[[int, int, int], Tensor]) -> list[Said]:
+        """What it says of the rows of `batch` that it concerns. `own(row, start, P)` gives the model's own logits there, (P, V)."""
+        ...
+
+    def remove(self) -> None:
+        """It says nothing from now on."""
+        ...
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class Worn:
     """One patch that is on, and what it replaced: the tensor that each parameter held before, and a Backpack's table of shifted senses.
-    `hooks` are those through which a small model speaks."""
+    `hooks` are those through which a small model speaks, `speakers` what answers in the model's place."""
 
     patch: Patch
     replaced: dict[nn.Parameter, Tensor]
     table: tuple[Tensor, Tensor, Tensor] | None = None
     hooks: tuple[RemovableHandle, ...] = ()
+    speakers: tuple[Speaker, ...] = ()
 
 
 @final
@@ -255,7 +282,8 @@ class Host:
     """A language model, or a classifier of texts, with its tokenizer. Make one with `load` or `host_of`.
 
     `id` is the hash of the weights as loaded, and the patch's id while a patch is on. `worn` is the stack of patches that are on;
-    only `apply.py` writes it. `beside` are small models of ensembles, by the names that patches call them (see `beside`).
+    only `apply.py` writes it. `beside` are small models of ensembles, by the names that patches call them (see `beside`). `states` are
+    those that patches of an edit memory speak through, by their ids, and `readers` what was made of them.
     """
 
     model: Any
@@ -265,6 +293,13 @@ class Host:
     name: str
     worn: list[Worn] = field(default_factory=list)
     beside: dict[str, "Host"] = field(default_factory=dict)
+    states: dict[str, State] = field(default_factory=dict)
+    readers: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def speakers(self) -> list[Speaker]:
+        """Those of all patches that are on, the undermost first."""
+        return [speaker for worn in self.worn for speaker in worn.speakers]
 
     @property
     def id(self) -> str:
@@ -644,19 +679,47 @@ def places(host: Host, batch: Batch, module: str) -> Bool[Tensor, "N T"]:
     return mask.bool()
 
 
+@contextmanager
+def alone(host: Host) -> Iterator[None]:
+    """Inside the block no memory speaks: what the model says by itself."""
+    were = [(speaker, speaker.silent) for speaker in host.speakers]
+    try:
+        for speaker, _ in were:
+            speaker.silent = True
+        yield
+    finally:
+        for speaker, silent in were:
+            speaker.silent = silent
+
+
 def logits(host: Host, batch: Batch, weights: Weights | None = None) -> Float[Tensor, "N T V"]:
     """(N, T, V) next-token logits, (N, 1, V) of labels; with `weights`, as if those parameters had these values. The model itself is not
-    touched."""
+    touched. What a memory says counts behind the given part of each row."""
+    logits_NTV = _own_logits(host, batch, weights)
+    for speaker in (s for s in host.speakers if not s.silent):
+
+        def own(row: int, start: int, P: int, whole_NTV: Tensor = logits_NTV) -> Tensor:
+            return whole_NTV[row, start : start + P]
+
+        said = speaker.said(batch, own)
+        logits_NTV = logits_NTV.clone() if said else logits_NTV
+        for one in said:
+            logits_NTV[one.row, one.start : one.start + len(one.logits_PV)] = one.logits_PV.to(logits_NTV)
+    return logits_NTV
+
+
+def _own_logits(host: Host, batch: Batch, weights: Weights | None) -> Float[Tensor, "N T V"]:
     given: dict[str, Any] = {"input_ids": batch.ids_NT, "attention_mask": batch.mask_NT, "use_cache": False}
     if host.kind != "causal":
         given = {"input_ids": batch.read_NS, "attention_mask": batch.seen_NS}
     if host.kind == "seq2seq":
         given |= {"decoder_input_ids": batch.ids_NT, "decoder_attention_mask": batch.mask_NT, "use_cache": False}
-    if weights is None:
-        said = host.model(**given)
-    else:
-        with _instead(host.model, weights) as others:
-            said = torch.func.functional_call(host.model, others, args=(), kwargs=given)
+    with alone(host):
+        if weights is None:
+            said = host.model(**given)
+        else:
+            with _instead(host.model, weights) as others:
+                said = torch.func.functional_call(host.model, others, args=(), kwargs=given)
     logits_NTV: Tensor = said.logits
     return logits_NTV.unsqueeze(1) if host.kind == "classifier" else logits_NTV
 
@@ -717,10 +780,30 @@ def predictions(host: Host, batch: Batch, weights: Weights | None = None) -> Flo
 
     handle = host.model.get_submodule(host.layout.head).register_forward_pre_hook(pick)
     try:
-        logits_PV = logits(host, batch, weights).squeeze(0)
+        logits_PV = _own_logits(host, batch, weights).squeeze(0)
     finally:
         handle.remove()
-    return logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32))
+    logits_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32))
+    return _with_said(host, batch, logits_PV) if host.speakers else logits_PV
+
+
+def _with_said(host: Host, batch: Batch, logits_PV: Float[Tensor, "P V"]) -> Float[Tensor, "P V"]:
+    """The predictions with what memories say in their places."""
+    scored_NT = batch.scored_NT.bool()
+    place_NT = torch.full(scored_NT.shape, -1, device=scored_NT.device)  # which of the P predictions is made at a position
+    place_NT[:, :-1][scored_NT[:, 1:]] = torch.arange(len(logits_PV), device=scored_NT.device)
+
+    for speaker in (s for s in host.speakers if not s.silent):
+
+        def own(row: int, start: int, P: int, whole_PV: Tensor = logits_PV) -> Tensor:
+            return whole_PV[place_NT[row, start : start + P].clamp(min=0)]  # where nothing is predicted, nobody looks
+
+        said = speaker.said(batch, own)
+        logits_PV = logits_PV.clone() if said else logits_PV
+        for one in said:
+            at_P = place_NT[one.row, one.start : one.start + len(one.logits_PV)]
+            logits_PV[at_P[at_P >= 0]] = one.logits_PV[at_P >= 0].to(logits_PV)
+    return logits_PV
 
 
 def scored_logprobs(host: Host, batch: Batch, weights: Weights | None = None) -> Float[Tensor, "N T"]:

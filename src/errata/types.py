@@ -479,8 +479,82 @@ class Ensemble:
         return self.shift.tensors
 
 
-Op = Add | AddLowRank | Senses | Ensemble
-OPS: dict[str, type[Op]] = {"Add": Add, "AddLowRank": AddLowRank, "Senses": Senses, "Ensemble": Ensemble}
+Gate = Literal["scope", "distance", "reader"]
+Voice = Literal["note", "stored"]
+GATES: tuple[Gate, ...] = get_args(Gate)
+VOICES: tuple[Voice, ...] = get_args(Voice)
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Memory:
+    """Where one of the patch's examples concerns what the model is asked, something else answers; elsewhere its logits are its own, bit
+    for bit. No weight changes (Mitchell et al. 2022, SERAC, arXiv 2206.06520, equation 1).
+
+    weight     names the module that gives the logits
+    vectors    (Q, D) one for each question that is looked up, in the order of the questions' texts
+    owner      (Q,) the number of the example, in the patch, that each of them asks for
+    gate       what decides of the `nearest` examples: a trained `scope`; the `distance` of the vectors, which has to be under `bound`; the
+               `reader` that is to answer, which may say that it cannot
+    voice      what answers: a model that reads the example as a `note` in front of the question, or the `stored` target itself
+    notes      how many examples speak at once, at most
+    encoder    name of what the vectors are made with; "": the scope's own, or for a `distance` what the host itself makes of the questions
+    template   what the reader reads, with {notes} and {question} in it
+    state      id of the State that holds the trained scope and the trained reader, where there are any
+    small      name of the model that reads the notes; "": the host itself
+    soft       the two answers are mixed by the chance that the example is concerned, where it is decided by a hard threshold otherwise
+    scale      share of the answer, in probabilities, that the memory has where it speaks
+    """
+
+    weight: str
+    vectors: Tensor
+    owner: Tensor
+    gate: Gate
+    voice: Voice
+    nearest: int = 8
+    notes: int = 1
+    bound: float = 0.0
+    encoder: str = ""
+    template: str = "{notes} {question}"
+    state: str | None = None
+    small: str = ""
+    soft: bool = False
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_tensor(self.weight, vectors=self.vectors)
+        if self.owner.device.type != "cpu" or self.owner.dtype != torch.int64 or self.owner.ndim != 1:
+            raise InvalidPatch(f"owner of '{self.weight}' must be one row of int64 on the CPU, got {self.owner.dtype}.")
+        if self.vectors.ndim != 2 or len(self.vectors) != len(self.owner) or (len(self.owner) and int(self.owner.min()) < 0):
+            raise InvalidPatch(
+                f"Each vector of the memory of '{self.weight}' belongs to one example, got vectors {tuple(self.vectors.shape)} and "
+                f"{len(self.owner)} owners."
+            )
+        if self.gate not in GATES or self.voice not in VOICES:
+            raise InvalidPatch(f"The memory of '{self.weight}' has the gate {self.gate!r} and the voice {self.voice!r}.")
+        if self.gate == "scope" and self.state is None:
+            raise InvalidPatch(f"The memory of '{self.weight}' is gated by a trained scope, and names no state that holds it.")
+        if self.nearest < 1 or not 1 <= self.notes <= self.nearest:
+            raise InvalidPatch(f"The memory of '{self.weight}' lets {self.notes} of the {self.nearest} nearest examples speak.")
+        if "{notes}" not in self.template or "{question}" not in self.template:
+            raise InvalidPatch(f"What the memory of '{self.weight}' gives to read has no {{notes}} or no {{question}}: {self.template!r}.")
+        if not math.isfinite(self.bound) or not math.isfinite(self.scale):
+            raise InvalidPatch(f"The memory of '{self.weight}' has the bound {self.bound} and the scale {self.scale}.")
+        object.__setattr__(self, "bound", float(self.bound))
+        object.__setattr__(self, "scale", float(self.scale))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"vectors": self.vectors, "owner": self.owner}
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What it says besides its weight and its tensors, as plain JSON."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("weight", "vectors", "owner")}
+
+
+Op = Add | AddLowRank | Senses | Ensemble | Memory
+OPS: dict[str, type[Op]] = {"Add": Add, "AddLowRank": AddLowRank, "Senses": Senses, "Ensemble": Ensemble, "Memory": Memory}
 
 
 def _besides_tensors(op: Op) -> str:
@@ -490,6 +564,8 @@ def _besides_tensors(op: Op) -> str:
             return repr(op.scale)
         case Ensemble():
             return canonical_json([op.small, op.parent, op.shift.weight, repr(op.scale)])
+        case Memory():
+            return canonical_json(op.said)
         case _:
             return ""
 
@@ -521,6 +597,9 @@ class Patch:
         object.__setattr__(self, "config", MappingProxyType(frozen))
         if len(weights) != len(set(weights)):
             raise InvalidPatch(f"A patch holds one op for each weight, got {', '.join(sorted(weights))}.")
+        for op in self.ops:
+            if isinstance(op, Memory) and len(op.owner) and int(op.owner.max()) >= len(self.examples):
+                raise InvalidPatch(f"The memory of a patch asks for example {int(op.owner.max())}; it has {len(self.examples)}.")
         if not isinstance(self.parent, str) or not self.parent.startswith("b2:"):
             raise InvalidPatch(f"A patch needs the id of the weights it was made for, got '{self.parent}'.")
 

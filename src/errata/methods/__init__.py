@@ -11,6 +11,7 @@ METHODS: dict[str, str] = {
     "ensemble": "errata.methods.ensemble:Ensemble",
     "finetune": "errata.methods.finetune:Finetune",
     "lora": "errata.methods.lora:Lora",
+    "lu": "errata.methods.lu:Lu",
     "malmen": "errata.methods.malmen:Malmen",
     "memit": "errata.methods.memit:Memit",
     "mend": "errata.methods.mend:Mend",

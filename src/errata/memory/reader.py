@@ -1,0 +1,116 @@
+"""Who reads an example before answering: a twin of a model, with other weights in some places; and what a model makes of a text by itself.
+
+A reader is the counterfactual model of SERAC (Mitchell et al. 2022, arXiv 2206.06520): here the host's own architecture and tokens, or a
+smaller model's that has the same, with the differences that a State holds (or without any: then the model itself reads, as in RP and EREN).
+The twin shares the tensors of the model in all other places. Nothing here decides who is concerned (`scope.py`) or trains.
+
+File legend: N texts, S tokens, D width.
+"""
+
+import copy
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from errata import hooks, hosts
+from errata.hosts import Host, stored_transposed
+from errata.types import Example, State, WrongBase
+
+PREFIX = "reader/"  # of a state's tensors: WEIGHT.A and WEIGHT.B, the factors of a difference, or WEIGHT, the whole of it
+_END = re.compile(r"(?<![A-Z])(?<![A-Z][a-z])(?<![A-Z][a-z][a-z])[.!?…][\"'”’)\]]*\s+|\n+")  # "St. Lucia" and "J. Smith" are no ends
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+
+
+def twin(host: Host) -> Host:
+    """The host without its patches, as a model of its own. It shares the tensors; what takes the place of one here is here alone."""
+    base = {p: next((w.replaced[p] for w in host.worn if p in w.replaced), p.data) for p in host.model.parameters()}
+    memo: dict[int, Any] = {id(p): nn.Parameter(data, requires_grad=False) for p, data in base.items()}
+    memo |= {id(b): b for b in host.model.buffers()}
+    for module in host.model.modules():  # those through which others speak are not the model's own
+        memo |= {id(getattr(module, name)): OrderedDict() for name in _HOOKS}
+        memo |= {id(forward): None for forward in [module.__dict__.get("forward")] if forward is not None}
+    model = copy.deepcopy(host.model, memo)
+    for module in model.modules():
+        if module.__dict__.get("forward", model) is None:
+            del module.__dict__["forward"]
+    return replace(host, model=model, worn=[], name=f"the reader of {host.name}")
+
+
+@torch.no_grad()
+def reader_of(host: Host, small: str, state: State | None) -> Host:
+    """The model that reads notes beside `host`: made once, and kept in `host.readers`.
+
+    Raises WrongBase if a difference of the state has no place in it, and what `hosts.beside` raises.
+    """
+    key = f"{small}|{state.id if state else ''}"
+    if key not in host.readers:
+        made = twin(hosts.beside(host, small) if small else host)
+        for name, difference in differences(made, state).items():
+            parameter = made.model.get_parameter(name)
+            parameter.data = (parameter.data.float() + difference.to(parameter.device)).to(parameter.dtype)
+        host.readers[key] = made
+    kept: Host = host.readers[key]
+    return kept
+
+
+def differences(host: Host, state: State | None) -> dict[str, Tensor]:
+    """What a state adds to the reader's weights, float32, in the orientation of each parameter. Raises WrongBase."""
+    given = {n.removeprefix(PREFIX): t for n, t in (state.tensors if state else {}).items() if n.startswith(PREFIX)}
+    there = dict(host.model.named_parameters())
+    out: dict[str, Tensor] = {}
+    for name in sorted({n.removesuffix(".A").removesuffix(".B") for n in given}):
+        if name not in there:
+            raise WrongBase(f"The state {state and state.id} changes '{name}' of the reader, which {host.name} does not have.")
+        if name in given:
+            out[name] = given[name].float()
+        else:
+            change = given[f"{name}.B"].float() @ given[f"{name}.A"].float()
+            turned = stored_transposed(host.model.get_submodule(name.rpartition(".")[0]))
+            out[name] = change.T if turned else change
+        if out[name].shape != there[name].shape:
+            shapes = f"{tuple(out[name].shape)}, there it is {tuple(there[name].shape)}"
+            raise WrongBase(f"The state {state and state.id} changes '{name}' of {host.name} as {shapes}.")
+    return out
+
+
+def asked_in(text: str, going_on: bool = False) -> str:
+    """What a text asks: its last sentence, as far as it goes. Where somebody is `going_on`, "" if that is finished and no question."""
+    last = _END.split(text.strip())[-1].strip()
+    return "" if going_on and last[-1:] in (".", "!", "…") else last
+
+
+def ends(text: str) -> bool:
+    """Whether a sentence ends with the end of the text, as far as one can tell before more is said."""
+    return "\n" in text or text.rstrip("\"'”’)] ")[-1:] in (".", "!", "?", "…")
+
+
+def note_of(examples: Sequence[Example]) -> str:
+    """The examples as a reader gets them: prompt and target, the published order, with single spaces between them."""
+    return " ".join(f"{e.prompt}{'' if e.target[0].isspace() else ' '}{e.target}" for e in examples)
+
+
+@torch.no_grad()
+def embedded(host: Host, texts: Sequence[str]) -> Float[Tensor, "N D"]:
+    """(N, D) float32 on the CPU: for each text the mean of its tokens' last hidden states, of the encoder where there is one.
+
+    The keys of SERAC's lookup cache (LU). Unlike serac@c963a39 the mean is over the tokens of the text, not over the padding.
+    """
+    last = host.layout.encoder or host.layout
+    block = f"{last.blocks}.{len(host.model.get_submodule(last.blocks)) - 1}"
+    rows = [(ids, len(ids)) if host.kind == "causal" else ([*ids, 0], len(ids)) for ids in (hosts.tokens(host, t) for t in texts)]
+    out_ND = torch.zeros(len(texts), int(host.model.get_input_embeddings().weight.shape[1]))
+    for group in hosts.by_length(rows, hosts.at_once(host)):
+        batch = hosts.unscored(hosts.pad(host, [rows[i] for i in group]))
+        with hosts.alone(host), hooks.reading(host.model, [block], stop=True) as seen:
+            hosts.logits(host, batch)
+        mask_NS = batch.mask_NT if host.kind == "causal" else batch.seen_NS
+        assert mask_NS is not None, "such a host reads before it answers"
+        weight_NS = mask_NS.float() / mask_NS.sum(1, keepdim=True)
+        out_ND[group] = torch.einsum("nsd,ns->nd", seen[block].float(), weight_NS).cpu()
+    return out_ND
