@@ -1,0 +1,243 @@
+"""Learning to read: what `serac` and `eren` share, whose answers come from a model that has an example as a note in front of it.
+
+    psi = argmin  mean over (note, x, y) of -log p_psi(y | note, x)        Mitchell et al. 2022 (SERAC), arXiv 2206.06520, L_cntr of section 3.3
+
+The note of a text in scope is the right one, whatever the memory would find. So that the reader takes the answer from the note and not from
+what it knows, half of the notes get another example's target, in the note and as the answer, where that is what is asked for. What `psi`
+changes is a difference to the weights of the host, or of a smaller model of the same tokens: low-rank factors at every projection, or, with
+rank 0, all weights.
+
+Unlike serac@c963a39 the learning rates are those of a small difference and not of a whole model (there: 1e-5), and steps have as many texts as
+there is room for (there: ten edits, gradients added over ten steps).
+
+File legend: N texts, T tokens.
+"""
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from errata import hosts
+from errata.hosts import Host, Weights, stored_transposed
+from errata.memory.reader import PREFIX, asked_in, note_of
+from errata.types import Case, Example, InvalidExample, Run, ScopeCase, State, canonical_json, digest
+
+HELD_BACK = (0.1, 1, 128)  # lessons that validate: this share of them, at least, at most
+WARM = 20  # steps until the rate is whole
+ANOTHER = 0.5  # of the notes get another example's target
+NOTHING = 0.25  # of the texts of a reader that may say so have no note that tells the answer
+UNANSWERABLE = " unanswerable"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Hyper-parameters of the reader's training; each method carries them as its own fields.
+
+    rank         of the differences at every projection; 0: all weights move
+    steps        at most
+    lr           Adam's, falls as a cosine
+    texts        of a step
+    notes        in front of a text, at most
+    silent       whether the reader learns to say that its notes do not tell
+    every        steps between two validations
+    patience     validations without a better one before it stops
+    batch_size   texts in memory at once, at most; it changes nothing else
+    """
+
+    rank: int
+    steps: int
+    lr: float
+    texts: int
+    notes: int
+    silent: bool
+    every: int
+    patience: int
+    batch_size: int
+    template: str
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """An example and what is in its scope: texts and their answers."""
+
+    example: Example
+    inside: tuple[tuple[str, str], ...]
+
+
+def lessons(cases: Iterable[Case | ScopeCase]) -> list[Lesson]:
+    """What the cases teach a reader: the example's own prompt, other ways to ask for it, and what follows from it."""
+    out = []
+    for case in cases:
+        e = case.example
+        if isinstance(case, Case):
+            pairs = [(prompt, e.target) for prompt in (e.prompt, *case.paraphrases, *case.paragraphs)]
+        else:
+            pairs = [(e.prompt, e.target), *((q.prompt, q.answer) for q in case.inside if q.answer is not None)]
+        out.append(Lesson(example=e, inside=tuple(dict.fromkeys(pairs))))
+    return out
+
+
+def learnt(host: Host, name: str, cases: Sequence[Case | ScopeCase], run: Run, s: Settings, config: Mapping[str, Any]) -> State:
+    """A State with the reader's differences, of the host's or of `small`'s weights. With an unfinished one in `run.state` it goes on there;
+    `run.keep` gets one at each validation. Raises InvalidExample for too few cases, or if what was begun is of others."""
+    if len(cases) < 4:
+        raise InvalidExample(f"{name} learns from training cases: 4 or more are needed, got {len(cases)}.")
+    about = digest(name, host.id, canonical_json([dict(config), run.seed]), *sorted(c.id for c in cases))
+    school = _School(host, lessons(sorted(cases, key=lambda c: c.id)), s, run.seed)
+    begun = run.state if run.state is not None and run.state.config.get("unfinished") else None
+    if begun is not None and begun.config["about"] != about:
+        raise InvalidExample(
+            f"The preparation of {begun.method} that was begun is of other cases, settings or weights. Give the same ones to go on with it, "
+            f"or begin afresh."
+        )
+    trained_on = frozenset(c.id for c in cases)
+
+    def state(step: int, best: Mapping[str, Tensor], best_loss: float, best_step: int, dropped: int, **more: object) -> State:
+        told = {"step": step, "best_step": best_step, "best_loss": best_loss if math.isfinite(best_loss) else None, "dropped": dropped}
+        tensors = {f"{PREFIX}{n}": t.to(torch.bfloat16).contiguous() for n, t in best.items()}
+        if more:
+            tensors |= {f"at/{n}": t.detach().clone() for n, t in school.leaves.items()} | school.moments()
+            tensors |= {f"best/{n}": t.clone() for n, t in best.items()}
+        return State(
+            method=name, host=host.id, config={**config, "about": about, **told} | more, tensors=tensors, trained_on=trained_on
+        )
+
+    step, best_step, best_loss, dropped = 0, 0, math.inf, 0
+    if begun is not None:
+        told = begun.config
+        step, best_step, dropped = told["step"], told["best_step"], told["dropped"]
+        best_loss = math.inf if told["best_loss"] is None else told["best_loss"]
+        school.put(begun.tensors, step - dropped)
+        best = {n.removeprefix("best/"): t for n, t in begun.tensors.items() if n.startswith("best/")}
+    else:
+        best = school.now()
+    for _ in run.progress(range(step, s.steps), "learning to read", s.steps - step):
+        if step - best_step >= s.patience * s.every:
+            break
+        dropped += not school.stepped(step)
+        step += 1
+        if step % s.every == 0 or step == s.steps:
+            if (loss := school.validated()) < best_loss:
+                best, best_loss, best_step = school.now(), loss, step
+            run.keep(state(step, best, best_loss, best_step, dropped, unfinished=True))
+    return state(step, best, best_loss, best_step, dropped)
+
+
+@final
+class _School:
+    """The leaves, and what they learn from. What a step draws follows from the seed and its number alone."""
+
+    def __init__(self, reader: Host, given: Sequence[Lesson], s: Settings, seed: int) -> None:
+        self.reader, self.s, self.seed = reader, s, seed
+        ordered = list(given)
+        random.Random(seed).shuffle(ordered)
+        share, fewest, most = HELD_BACK
+        n = min(most, max(fewest, round(share * len(ordered))))
+        self.held_back, self.train = ordered[:n], ordered[n:]
+        rng = random.Random(f"{seed}/validation")
+        self.validation = [self._row(rng, lesson, self.held_back, lesson.inside[rng.randrange(len(lesson.inside))]) for lesson in self.held_back]
+        self.base: dict[str, Tensor] = {}
+        self.leaves = self._fresh()
+        self.solver = torch.optim.Adam([*self.leaves.values()], lr=s.lr)
+
+    def _fresh(self) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(self.seed)
+        model, out = self.reader.model, {}
+        if self.s.rank == 0:
+            for name, p in model.named_parameters():
+                self.base[name] = p.detach().float()
+                out[name] = torch.zeros_like(self.base[name])
+        for module in self.reader.projections() if self.s.rank else ():
+            part = model.get_submodule(module)
+            name, weight = f"{module}.weight", hosts.weight(model, f"{module}.weight").float()
+            inner, outer = weight.shape if stored_transposed(part) else weight.shape[::-1]
+            rank = min(self.s.rank, inner, outer)
+            self.base[name] = weight
+            out[f"{name}.A"] = (torch.randn(rank, inner, generator=draw) / math.sqrt(inner)).to(weight.device)
+            out[f"{name}.B"] = torch.zeros(outer, rank, device=weight.device)
+        return {n: t.requires_grad_() for n, t in out.items()}
+
+    def weights(self) -> Weights:
+        """The values of the parameters that move."""
+        out = {}
+        for name, base in self.base.items():
+            if name in self.leaves:
+                change = self.leaves[name]
+            else:
+                change = self.leaves[f"{name}.B"] @ self.leaves[f"{name}.A"]
+                change = change.T if stored_transposed(self.reader.model.get_submodule(name.rpartition(".")[0])) else change
+            out[name] = (base + change).to(self.reader.model.dtype)
+        return out
+
+    def now(self) -> dict[str, Tensor]:
+        return {n: t.detach().clone() for n, t in self.leaves.items()}
+
+    def moments(self) -> dict[str, Tensor]:
+        zero = torch.zeros(())
+        kept = ((n, self.solver.state.get(t, {})) for n, t in self.leaves.items())
+        return {f"{x}/{n}": of.get(key, zero).clone() for n, of in kept for x, key in (("m", "exp_avg"), ("v", "exp_avg_sq"))}
+
+    def put(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """Go on where a checkpoint was."""
+        with torch.no_grad():
+            for name, leaf in self.leaves.items():
+                leaf.copy_(tensors[f"at/{name}"])
+                if steps:
+                    moments = {key: tensors[f"{x}/{name}"].to(leaf.device) for x, key in (("m", "exp_avg"), ("v", "exp_avg_sq"))}
+                    self.solver.state[leaf] = {"step": torch.tensor(float(steps)), **moments}
+
+    def _row(self, rng: random.Random, lesson: Lesson, others: Sequence[Lesson], pair: tuple[str, str]) -> tuple[list[int], int]:
+        """A text with notes in front of it, and its answer."""
+        (prompt, answer), example = pair, lesson.example
+        if answer == example.target and rng.random() < ANOTHER:
+            other = rng.choice(others).example.target
+            if other.strip() not in prompt:
+                answer, example = other, replace(example, target=other, contrast=None, goal="raise")
+        beside = [o.example for o in rng.sample(others, k=min(len(others), self.s.notes)) if o is not lesson]
+        notes = [example, *beside[: rng.randint(0, self.s.notes - 1)]]
+        if self.s.silent and rng.random() < NOTHING:
+            notes, answer = beside or notes, UNANSWERABLE if beside else answer
+        rng.shuffle(notes)
+        read = self.s.template.replace("{notes}", note_of(notes)).replace("{question}", asked_in(prompt))
+        return hosts.encode(self.reader, read, answer)
+
+    def stepped(self, step: int) -> bool:
+        """One step; False where a gradient was not finite and nothing moved."""
+        rng = random.Random(f"{self.seed}/{step}")
+        drawn = [rng.choice(self.train) for _ in range(self.s.texts)]
+        rows = [self._row(rng, lesson, self.train, rng.choice(lesson.inside)) for lesson in drawn]
+        self.solver.zero_grad()
+        self._loss(rows, learn=True)
+        norm = nn.utils.clip_grad_norm_([*self.leaves.values()], 1.0)
+        if not norm.isfinite():
+            return False
+        fallen = min(1.0, (step + 1) / WARM) * 0.5 * (1 + math.cos(math.pi * step / self.s.steps))
+        for group in self.solver.param_groups:
+            group["lr"] = self.s.lr * fallen
+        self.solver.step()
+        return True
+
+    def validated(self) -> float:
+        with torch.no_grad():
+            return self._loss(self.validation, learn=False)
+
+    def _loss(self, rows: Sequence[tuple[list[int], int]], learn: bool) -> float:
+        """Mean over the rows of -log p of the answer, per token; with `learn` its gradients go to the leaves."""
+        whole = 0.0
+        widest = max(len(ids) for ids, _ in rows)
+        for group in hosts.by_length(rows, min(hosts.at_once(self.reader), max(1, self.s.batch_size) * widest)):
+            with torch.set_grad_enabled(learn):
+                batch = hosts.pad(self.reader, [rows[i] for i in group])
+                logp_NT = hosts.scored_logprobs(self.reader, batch, self.weights())
+                loss = -(logp_NT.sum(1) / batch.scored_NT.sum(1)).sum() / len(rows)
+            if learn:
+                loss.backward()  # type: ignore[no-untyped-call]
+            whole += loss.item()
+        return whole
