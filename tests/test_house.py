@@ -18,7 +18,7 @@ ORDER = (
     ("hosts",),
     ("hooks", "engine"),
     ("text", "memory.encoder"),
-    ("memory.index", "memory.vectors"),
+    ("memory.index", "memory.vectors", "memory.scope"),
     ("methods",),
     ("apply",),
     ("processor",),
@@ -36,7 +36,7 @@ ORDER = (
     ("cli",),
 )
 FLOOR = {room: depth for depth, rooms in enumerate(ORDER) for room in rooms}
-METHODS_MAY = {"types", "hosts", "hooks", "text", "methods"}
+METHODS_MAY = {"types", "hosts", "hooks", "text", "methods", "memory.encoder", "memory.index", "memory.scope"}
 
 
 def room_of(module: str) -> str:

@@ -1,0 +1,643 @@
+"""Whether a record that the index found concerns the query: the second stage of scope.
+
+The index proposes the nearest records (`Candidate`), a verifier looks at each of them beside the query, and what it says becomes a chance
+and a ruling: in, out, or unsure, where the base model answers. Two verifiers, both of SERAC (Mitchell et al. 2022, arXiv 2206.06520,
+section 3.2), g(z, x) for a record z and a query x:
+
+    distance   log g = -s ||P e(z) - P e(x)||^2     e: the memory's encoder as it is, or a finetuned copy of one; P and s are learned
+    cross      logit g = w . T(z, answer of z, x)   one transformer reads all three and is finetuned, but for its embedding of words
+
+Both are trained with the balanced loss of serac@c963a39, mean of -log g over pairs in scope + mean of -log (1 - g) over pairs out of scope.
+Unlike there,
+* pairs out of scope are not only a record with its own out-of-scope queries: half of them are a query with a record of the whole memory
+  that is near to it and does not concern it, drawn by exp(cosine / .1) as its QA-hard draws queries. What the memory says is never a pair
+  out of scope where any wording of the two records is the same;
+* s is learned (there: 1), and the answer is no part of what a distance is measured from;
+* a probability is not g itself but what lessons that were held back say of it (Platt 1999), over the candidates that an index gives;
+* what fires is bounded: of queries that concern no record, counted over the whole memory, at most `false_fires` with 95 % confidence
+  (Clopper & Pearson 1934). That takes queries as drawn on their own; those of one lesson resemble each other.
+
+Nothing here finds a record (see `index.py`, `store.py`) or answers a query.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, final
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
+
+from errata.hosts import LAB_MODELS
+from errata.memory import encoder as encoders
+from errata.memory.encoder import Encoder, Pooled, Vectors
+from errata.types import Case, InvalidExample, Progress, UnknownName, WrongBase, folded, no_progress
+
+# N texts, P pairs, Q queries, D width of vectors, T tokens
+Chances = Float64[np.ndarray, "P"]
+
+Ruling = Literal["in", "unsure", "out"]
+VERIFIERS = ("distance", "cross")
+CANDIDATES = 8  # that the index is taken to propose, while training
+HARDNESS = 0.1  # temperature at which records near a query are drawn
+LEAST = 4  # lessons that there must be
+CONFIDENCE = 0.95
+NEVER_NEAR, MARGIN = 0.002, 0.05  # `near` lies so far below what all but such a share of the queries in scope reach
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A record that the index proposes for a query; `score` is the cosine that it was found with."""
+
+    question: str
+    answer: str
+    score: float
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """`chance` is the calibrated probability that the record concerns the query."""
+
+    chance: float
+    ruling: Ruling
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """A record with queries that it concerns (`inside`) and queries that it does not (`outside`: of the same subject, of the same relation,
+    unrelated). Raises InvalidExample."""
+
+    question: str
+    answer: str
+    inside: tuple[str, ...]
+    outside: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("inside", "outside"):
+            given = getattr(self, name)
+            if isinstance(given, str):
+                raise InvalidExample(f"'{name}' is a list of texts, got the one text '{given}'.")
+        if empty := next((text for text in (self.question, *self.inside, *self.outside) if not text.strip()), None):
+            raise InvalidExample(f"One of the queries of the lesson '{self.question}' is empty: {empty!r}.")
+
+
+def lesson_of(case: Case) -> Lesson:
+    """What a case teaches: its own prompt, paraphrases and paragraphs are in scope; neighbours, and denials, which must not get the target,
+    are not."""
+    example = case.example
+    return Lesson(
+        question=example.prompt,
+        answer=example.target.strip(),
+        inside=(example.prompt, *case.paraphrases, *case.paragraphs),
+        outside=(*(n.prompt for n in case.neighbours), *case.negations),
+    )
+
+
+class Pair(NamedTuple):
+    question: str
+    answer: str
+    query: str
+
+
+# -------------------------------------------------------------------------------------------------------------------------- the verifiers
+
+
+@final
+class Distance(nn.Module):
+    """SERAC's Embed. A score is log g."""
+
+    kind = "distance"
+
+    def __init__(self, width: int, backbone: Pooled | None) -> None:
+        super().__init__()
+        self.change = nn.Parameter(torch.zeros(width, width))  # P - 1: what decays is the change
+        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.backbone = backbone
+        self.transformer = None if backbone is None else backbone.model
+
+    def forward(self, pairs: Sequence[Pair], encoder: Encoder) -> Float[Tensor, "P"]:
+        texts = list(dict.fromkeys([text for pair in pairs for text in (pair.question, pair.query)]))
+        place = {text: i for i, text in enumerate(texts)}
+        vectors_ND = self._vectors(texts, encoder)
+        z_P, x_P = [place[pair.question] for pair in pairs], [place[pair.query] for pair in pairs]
+        apart_PD = vectors_ND[z_P] - vectors_ND[x_P]
+        return -self.log_scale.exp() * (apart_PD + apart_PD @ self.change.T).square().sum(1)
+
+    def losses(self, scores_P: Float[Tensor, "P"]) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
+        """-log g and -log (1 - g); 1 - g is floored, for a query in the words of the record has g = 1."""
+        floor = torch.finfo(scores_P.dtype).eps
+        return -scores_P, -torch.log(-torch.expm1(scores_P).clamp(max=-floor))
+
+    def length(self, pair: Pair) -> int:
+        return len(pair.question) + len(pair.query)
+
+    def _vectors(self, texts: Sequence[str], encoder: Encoder) -> Float[Tensor, "N D"]:
+        device = self.change.device
+        if self.backbone is None:
+            return torch.from_numpy(encoder.encode(texts)).to(device)
+        encoded = self.backbone.tokenizer(list(texts), truncation=True, max_length=self.backbone.window, padding=True, return_tensors="pt")
+        batch = encoded.to(device)
+        hidden_NTD = self.backbone.model(**batch).last_hidden_state
+        return nn.functional.normalize(_mean(hidden_NTD, batch["attention_mask"]), dim=1)
+
+
+@final
+class Cross(nn.Module):
+    """SERAC's Cross: [CLS] question [SEP] answer [SEP] query [SEP]. A score is the logit of g.
+
+    Of a query that does not fit beside the record the end is read: that is where it asks.
+    """
+
+    kind = "cross"
+
+    def __init__(self, backbone: Pooled) -> None:
+        super().__init__()
+        self.backbone, self.transformer = backbone, backbone.model
+        self.head = nn.Linear(backbone.width, 1, device=backbone.model.device)
+        nn.init.zeros_(self.head.bias)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    def forward(self, pairs: Sequence[Pair], encoder: Encoder) -> Float[Tensor, "P"]:
+        rows = [self._ids(pair) for pair in pairs]
+        longest = max(len(ids) for ids, _ in rows)
+        pad = self.backbone.tokenizer.pad_token_id or 0
+        ids_PT = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows], device=self.head.weight.device)
+        mask_PT = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows], device=ids_PT.device)
+        given = {"input_ids": ids_PT, "attention_mask": mask_PT}
+        if getattr(self.transformer.config, "type_vocab_size", 0) > 1:
+            given["token_type_ids"] = torch.tensor([[0] * at + [1] * (longest - at) for _, at in rows], device=ids_PT.device)
+        hidden_PTD = self.transformer(**given).last_hidden_state
+        scores_P: Tensor = self.head(_mean(hidden_PTD, mask_PT)).squeeze(1)
+        return scores_P.float()
+
+    def losses(self, scores_P: Float[Tensor, "P"]) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
+        """-log g and -log (1 - g)."""
+        return nn.functional.softplus(-scores_P), nn.functional.softplus(scores_P)
+
+    def length(self, pair: Pair) -> int:
+        return len(self._ids(pair)[0])
+
+    def _ids(self, pair: Pair) -> tuple[list[int], int]:
+        """The tokens of a pair, and where those of the query begin. Raises InvalidExample if the record leaves no room for a query."""
+        tokenizer = self.backbone.tokenizer
+        behind = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+        front = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else behind
+        apart = [] if behind is None else [behind]
+        parts = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in pair]
+        record = ([] if front is None else [front]) + parts[0] + apart + (parts[1] + apart if parts[1] else [])
+        room = (self.backbone.window or 512) - len(record) - len(apart)
+        if room < 8:
+            raise InvalidExample(
+                f"'{pair.question[:60]}...' and its answer have {len(record)} tokens, which leaves no room for a query in the "
+                f"{self.backbone.window} that {self.backbone.name} reads. Shorten them, or use another backbone."
+            )
+        return record + parts[2][-room:] + apart, len(record)
+
+
+Verifier = Distance | Cross
+
+
+def _mean(hidden_NTD: Float[Tensor, "N T D"], mask_NT: Tensor) -> Float[Tensor, "N D"]:
+    """The mean over what is no padding, float32."""
+    mask_NT1 = mask_NT.unsqueeze(-1).float()
+    return (hidden_NTD.float() * mask_NT1).sum(1) / mask_NT1.sum(1)
+
+
+def _backbone(name: str, device: str) -> Pooled:
+    """Raises UnknownName, MissingExtra, InvalidExample."""
+    folder = LAB_MODELS / name.removeprefix("lab/")
+    if name.startswith("lab/") and folder.is_dir():
+        return Pooled(folder, name, device)
+    if not name or name == encoders.HASHED:
+        raise UnknownName.among("backbone", name, [encoders.MINILM, "lab/bert", "the folder of an encoder"])
+    found = encoders.load(name, device)
+    assert isinstance(found, Pooled), "what is loaded by name and is not hashed has weights"
+    return found
+
+
+def _verifier(kind: str, width: int, backbone: str, device: str) -> Verifier:
+    if kind not in VERIFIERS:
+        raise UnknownName.among("verifier", kind, VERIFIERS)
+    if kind == "cross":
+        return Cross(_backbone(backbone, device))
+    transformer = _backbone(backbone, device) if backbone else None
+    return Distance(transformer.width if transformer else width, transformer).to(device)
+
+
+def _learned(verifier: Verifier) -> dict[str, nn.Parameter]:
+    """What training changes: everything but the embedding of words, which would learn those of the lessons alone."""
+    words = {id(p) for p in verifier.transformer.get_input_embeddings().parameters()} if verifier.transformer is not None else set()
+    unused = {id(p) for name, p in verifier.named_parameters() if ".pooler." in name}
+    return {name: p for name, p in verifier.named_parameters() if id(p) not in words | unused}
+
+
+# -------------------------------------------------------------------------------------------------------------------------------- scope
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scope:
+    """A verifier that is trained and calibrated.
+
+    encoder      what the index's vectors are made with
+    near         candidates whose cosine is below it are out without a look: a gate that stays closed is cheap
+    fire         chance from which on the ruling is in
+    leave        chance up to which it is out; between the two it is unsure
+    slope, shift a chance is sigmoid(slope * score of the verifier + shift)
+    false_fires  with 95 % confidence no more of the queries that concern no record fire
+    """
+
+    encoder: Encoder
+    near: float
+    fire: float
+    leave: float
+    verifier: Verifier
+    slope: float
+    shift: float
+    false_fires: float
+
+    def judge(self, queries: Sequence[str], candidates: Sequence[Sequence[Candidate]]) -> list[list[Judged]]:
+        """For each query, what is to be thought of each of its candidates. Raises InvalidExample for a text that is too long to be read."""
+        places = [(i, j) for i, some in enumerate(candidates) for j, c in enumerate(some) if c.score >= self.near]
+        pairs = [Pair(candidates[i][j].question, candidates[i][j].answer, queries[i]) for i, j in places]
+        chances = dict(zip(places, self._chances(pairs).tolist(), strict=True))
+        return [[self._judged(chances.get((i, j), 0.0)) for j in range(len(some))] for i, some in enumerate(candidates)]
+
+    def _chances(self, pairs: Sequence[Pair]) -> Chances:
+        return _sigmoid(self.slope * _scores(self.verifier, pairs, self.encoder) + self.shift)
+
+    def _judged(self, chance: float) -> Judged:
+        return Judged(chance=chance, ruling="in" if chance >= self.fire else "out" if chance <= self.leave else "unsure")
+
+    def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Plain JSON, and tensors on the CPU: what a State holds of it. Weights that training left as they were are not in it."""
+        backbone = self.verifier.backbone
+        config = {
+            **{"verifier": self.verifier.kind, "encoder": self.encoder.name, "encoder_id": self.encoder.id},
+            **{"backbone": "" if backbone is None else backbone.name, "backbone_id": "" if backbone is None else backbone.id},
+            **{name: float(getattr(self, name)) for name in NUMBERS},
+        }
+        return config, {name: p.detach().to("cpu", _kept_as(p)).clone() for name, p in _learned(self.verifier).items()}
+
+
+NUMBERS = ("near", "fire", "leave", "slope", "shift", "false_fires")
+
+
+def _kept_as(p: Tensor) -> torch.dtype:
+    """Half of the bits for matrices; a scale or a bias costs nothing."""
+    return torch.float16 if p.ndim > 1 else torch.float32
+
+
+def from_parts(config: Mapping[str, Any], tensors: Mapping[str, Tensor], device: str = "cpu", encoder: Encoder | None = None) -> Scope:
+    """The inverse of `parts`; `encoder` if it is at hand already.
+
+    Raises WrongBase if the encoder or the backbone is another one now, MissingExtra or UnknownName if it is not there.
+    """
+    try:
+        encoder = encoders.load(config["encoder"], device) if encoder is None else encoder
+        _check_same("encoder", encoder.name, encoder.id, config["encoder"], config["encoder_id"])
+        verifier = _verifier(config["verifier"], encoder.width, config["backbone"], device)
+        if verifier.backbone is not None:
+            _check_same("backbone", verifier.backbone.name, verifier.backbone.id, config["backbone"], config["backbone_id"])
+        own = _learned(verifier)
+        if {n: tuple(p.shape) for n, p in own.items()} != {n: tuple(t.shape) for n, t in tensors.items()}:
+            raise WrongBase(
+                f"The tensors of the scope are not those of a {config['verifier']} verifier on {config['backbone'] or 'vectors'}."
+            )
+        with torch.no_grad():
+            for name, p in own.items():
+                p.copy_(tensors[name])
+        return Scope(encoder=encoder, verifier=verifier.eval().requires_grad_(False), **{name: config[name] for name in NUMBERS})
+    except KeyError as e:
+        if isinstance(e, UnknownName):
+            raise
+        raise WrongBase(f"These are not the parts of a scope: {e} is missing.") from e
+
+
+def _check_same(what: str, name: str, id: str, named: str, known: str) -> None:
+    if id != known:
+        raise WrongBase(f"The scope was trained with the {what} {named} ({known}), and this one is {name} ({id}). Train it again.")
+
+
+@torch.no_grad()
+def _scores(verifier: Verifier, pairs: Sequence[Pair], encoder: Encoder, batch_size: int = 64) -> Chances:
+    """(P,) what the verifier says of each pair, pairs of like length together."""
+    out = np.zeros(len(pairs))
+    lengths = [verifier.length(pair) for pair in pairs]
+    in_order = sorted(range(len(pairs)), key=lambda i: lengths[i])
+    for at in range(0, len(pairs), batch_size):
+        chosen = in_order[at : at + batch_size]
+        out[chosen] = verifier([pairs[i] for i in chosen], encoder).double().cpu().numpy()
+    return out
+
+
+def _sigmoid(x: Chances) -> Chances:
+    out: Chances = np.exp(-np.logaddexp(0.0, -x))
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------------- lessons as a memory
+
+
+@final
+class Lessons:
+    """The lessons as one memory: which queries concern which record, and which records are near a query.
+
+    Records that share a wording are one matter: each query of the one concerns the other too, as far as we know.
+    """
+
+    def __init__(self, lessons: Sequence[Lesson], encoder: Encoder) -> None:
+        self.lessons = list(lessons)
+        self._matter: dict[str, int] = {}  # wording -> matter
+        self.matters = self._joined()
+        self.records = encoder.encode([lesson.question for lesson in lessons])
+        texts = dict.fromkeys(text for lesson in lessons for text in (*lesson.inside, *lesson.outside))
+        self.rows = {text: i for i, text in enumerate(texts)}
+        self.queries = encoder.encode(list(texts))
+
+    def concerns(self, record: int, query: str) -> bool:
+        return self._matter.get(folded(query)) == self.matters[record]
+
+    def stray(self, query: str) -> bool:
+        """Whether the query concerns no record."""
+        return folded(query) not in self._matter
+
+    def outside(self, record: int) -> list[str]:
+        """What the lesson calls out of scope, without what it calls in scope as well."""
+        return [query for query in self.lessons[record].outside if not self.concerns(record, query)]
+
+    def cosine(self, record: int, query: str) -> float:
+        return float(self.records[record] @ self.queries[self.rows[query]])
+
+    def nearest(self, queries: Sequence[str], among: Sequence[int], k: int) -> list[list[tuple[int, float]]]:
+        """The k records among some that are nearest to each query, with their cosines, the nearest first."""
+        numbers = np.array(among, dtype=np.int64)
+        out: list[list[tuple[int, float]]] = []
+        for at in range(0, len(queries), 1024):
+            scores = self.queries[[self.rows[query] for query in queries[at : at + 1024]]] @ self.records[numbers].T
+            first = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+            out += [list(zip(numbers[f].tolist(), row[f].tolist(), strict=True)) for f, row in zip(first, scores, strict=True)]
+        return out
+
+    def _joined(self) -> list[int]:
+        """The matter of each lesson: the least number of those that it shares a wording with, however many steps lie between."""
+        parent = list(range(len(self.lessons)))
+
+        def root(i: int) -> int:
+            while parent[i] != i:
+                parent[i] = parent[parent[i]]
+                i = parent[i]
+            return i
+
+        for i, lesson in enumerate(self.lessons):
+            for text in (lesson.question, *lesson.inside):
+                a, b = root(i), root(self._matter.setdefault(folded(text), i))
+                parent[max(a, b)] = min(a, b)
+        self._matter = {text: root(i) for text, i in self._matter.items()}
+        return [root(i) for i in range(len(self.lessons))]
+
+    def split(self, held: float, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+        """Records to learn from, and records to be held back, whole matters together."""
+        matters = np.unique(self.matters)
+        rng.shuffle(matters)
+        back = set(matters[: max(1, round(held * len(matters)))].tolist())
+        return [i for i, m in enumerate(self.matters) if m not in back], [i for i, m in enumerate(self.matters) if m in back]
+
+
+@final
+class Drawn:
+    """Draws batches of pairs from a memory: in scope, out of scope by the lesson's own word, out of scope because of another record."""
+
+    def __init__(self, memory: Lessons, records: Sequence[int], rng: np.random.Generator) -> None:
+        self.memory, self.rng = memory, rng
+        self.inside = [(i, query) for i in records for query in memory.lessons[i].inside]
+        self.outside = [(i, query) for i in records for query in memory.outside(i)]
+        asked = list(dict.fromkeys(query for _, query in (*self.inside, *self.outside)))
+        self.near: list[tuple[str, list[int], Chances]] = []
+        for query, found in zip(asked, memory.nearest(asked, records, 2 * CANDIDATES), strict=True):
+            if wrong := [(i, score) for i, score in found if not memory.concerns(i, query)]:
+                weights = np.exp((np.array([score for _, score in wrong]) - wrong[0][1]) / HARDNESS)
+                self.near.append((query, [i for i, _ in wrong], weights / weights.sum()))
+        self._queues: dict[str, list[int]] = {"inside": [], "outside": [], "near": []}
+
+    def batch(self, size: int) -> tuple[list[Pair], int]:
+        """Pairs, those in scope first, and how many those are: a quarter."""
+        n_in = max(1, size // 4)
+        n_own = (size - n_in) // 2 if self.near else size - n_in
+        n_own = n_own if self.outside else 0
+        inside = [self.inside[i] for i in self._next("inside", len(self.inside), n_in)]
+        own = [self.outside[i] for i in self._next("outside", len(self.outside), n_own)]
+        near = []
+        for i in self._next("near", len(self.near), size - n_in - n_own):
+            query, records, weights = self.near[i]
+            near.append((records[int(self.rng.choice(len(records), p=weights))], query))
+        return [self._pair(i, query) for i, query in (*inside, *own, *near)], n_in
+
+    def _next(self, name: str, of: int, n: int) -> list[int]:
+        """The next n numbers: each once before one comes again."""
+        queue = self._queues[name]
+        while len(queue) < n:
+            queue += self.rng.permutation(of).tolist()
+        self._queues[name] = queue[n:]
+        return queue[:n]
+
+    def _pair(self, i: int, query: str) -> Pair:
+        lesson = self.memory.lessons[i]
+        return Pair(lesson.question, lesson.answer, query)
+
+
+@final
+class _Remembering:
+    """An encoder that makes the vector of a text once: training asks for the same ones over and over."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.id, self.name, self.width, self.window = encoder.id, encoder.name, encoder.width, encoder.window
+        self._kept: dict[str, np.ndarray] = {}
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        if new := [text for text in dict.fromkeys(texts) if text not in self._kept]:
+            self._kept |= zip(new, self.encoder.encode(new), strict=True)
+        out: Vectors = np.stack([self._kept[text] for text in texts]) if texts else np.zeros((0, self.width), dtype=np.float32)
+        return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- training
+
+
+def train(
+    lessons: Sequence[Lesson],
+    encoder: Encoder,
+    *,
+    verifier: Literal["distance", "cross"] = "distance",
+    backbone: str = "",
+    begin: Scope | None = None,
+    seed: int = 0,
+    progress: Progress = no_progress,
+    steps: int | None = None,
+    batch_size: int = 32,
+    rate: float | None = None,
+    held: float = 0.25,
+    false_fires: float = 0.01,
+    device: str = "cpu",
+) -> Scope:
+    """A scope from lessons.
+
+    backbone     minilm, lab/bert or the folder of an encoder: what cross reads with; for distance, what is finetuned ("": nothing, vectors
+                 are the encoder's own)
+    begin        a scope of the same kind whose verifier is trained on
+    steps        of the descent, each over `batch_size` pairs
+    held         share of the lessons that is held back, for calibration and the bound
+    false_fires  the bound on queries that concern no record; with too few of them held back to say so, none of those fires, and
+                 `Scope.false_fires` is what can be said
+
+    Raises InvalidExample if there are too few lessons, or none that says anything; UnknownName, MissingExtra.
+    """
+    if len(lessons) < LEAST or not any(lesson.inside for lesson in lessons):
+        raise InvalidExample(
+            f"A scope is learnt from {LEAST} lessons or more, some with queries in scope; got {len(lessons)} lessons with "
+            f"{sum(len(lesson.inside) for lesson in lessons)} of them."
+        )
+    rng = np.random.default_rng(seed)
+    remembering = _Remembering(encoder)
+    memory = Lessons(lessons, remembering)
+    learning, back = memory.split(held, rng)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        own = _verifier(verifier, encoder.width, backbone, device)
+    if begin is not None:
+        own.load_state_dict(begin.verifier.state_dict())
+    drawn = Drawn(memory, learning, rng)
+    if not drawn.inside or not (drawn.outside or drawn.near):
+        raise InvalidExample("The lessons to learn from have no pair in scope, or none out of scope. Give more of them.")
+    _descend(own, drawn, remembering, steps, batch_size, rate, progress)
+    return _calibrated(own, memory, back, encoder, remembering, false_fires)
+
+
+def _descend(
+    verifier: Verifier,
+    drawn: Drawn,
+    encoder: Encoder,
+    steps: int | None,
+    batch_size: int,
+    rate: float | None,
+    progress: Progress,
+) -> None:
+    """AdamW, a step that rises over a tenth of the way and falls to nothing. Weights end as what `parts` keeps of them."""
+    with_transformer = verifier.transformer is not None
+    steps = steps or (600 if with_transformer else 300)
+    rate = rate or (1e-4 if with_transformer else 1e-3)
+    verifier.requires_grad_(False)
+    learned = list(_learned(verifier).values())
+    for p in learned:
+        p.requires_grad_(True)
+    optimiser = torch.optim.AdamW(learned, lr=rate, weight_decay=0.01)
+    device = learned[0].device.type
+    for step in progress(range(steps), f"scope, {verifier.kind}", steps):
+        now = min(1.0, 10 * (step + 1) / steps) * (1 - step / steps)
+        for group in optimiser.param_groups:
+            group["lr"] = rate * now
+        pairs, n_in = drawn.batch(batch_size)
+        with torch.autocast(device, torch.bfloat16, enabled=with_transformer):
+            scores_P = verifier(pairs, encoder).float()
+        in_P, out_P = verifier.losses(scores_P)
+        loss = in_P[:n_in].mean() + out_P[n_in:].mean()
+        optimiser.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(learned, 1.0)
+        optimiser.step()
+    verifier.requires_grad_(False)
+    with torch.no_grad():
+        for p in learned:
+            p.copy_(p.to(_kept_as(p)))
+
+
+# -------------------------------------------------------------------------------------------------------------------------- calibration
+
+
+def _calibrated(
+    verifier: Verifier, memory: Lessons, back: Sequence[int], encoder: Encoder, remembering: Encoder, false_fires: float
+) -> Scope:
+    """Chances and thresholds by the lessons that were held back, asked of the whole memory."""
+    whole = range(len(memory.lessons))
+    near = float(np.quantile([memory.cosine(i, query) for i in whole for query in memory.lessons[i].inside], NEVER_NEAR)) - MARGIN
+    asked = [(i, query) for i in back for query in (*memory.lessons[i].inside, *memory.outside(i))]
+    pairs: list[Pair] = []
+    concerned: list[bool] = []
+    stray: list[list[int]] = []  # for each query that concerns no record, its pairs
+    for (i, query), found in zip(asked, memory.nearest([query for _, query in asked], whole, CANDIDATES), strict=True):
+        looked = [j for j, score in found if score >= near]
+        numbers = range(len(pairs), len(pairs) + len(looked))
+        pairs += [Pair(memory.lessons[j].question, memory.lessons[j].answer, query) for j in looked]
+        right = [memory.concerns(j, query) for j in looked]
+        concerned += right
+        if memory.stray(query) or memory.concerns(i, query):
+            # a query in scope, asked of the memory without its own record, concerns none of the others
+            stray.append([n for n, own in zip(numbers, right, strict=True) if not own])
+    scores_P = _scores(verifier, pairs, remembering)
+    concerned_P = np.array(concerned, dtype=bool)
+    slope, shift = platt(scores_P, concerned_P)
+    chances_P = _sigmoid(slope * scores_P + shift)
+    fired = np.array([chances_P[numbers].max(initial=0.0) for numbers in stray])
+    certain, bound = above(fired, false_fires)
+    fire = max(0.5, certain)
+    leave = min(fire, -above(-chances_P[concerned_P], false_fires)[0]) if concerned_P.any() else fire
+    return Scope(
+        encoder=encoder,
+        near=near,
+        fire=fire,
+        leave=max(0.0, leave),
+        verifier=verifier.eval(),
+        slope=slope,
+        shift=shift,
+        false_fires=bound,
+    )
+
+
+def platt(scores_P: Chances, concerned_P: np.ndarray) -> tuple[float, float]:
+    """(slope, shift) so that sigmoid(slope * score + shift) is the chance of being concerned (Platt 1999, with his targets: a few held-out
+    pairs that are all told apart do not make a chance of 1). The slope is not negative: the order of scores stays."""
+    yes = int(concerned_P.sum())
+    no = len(concerned_P) - yes
+    wanted = np.where(concerned_P, (yes + 1) / (yes + 2), 1 / (no + 2))
+    middle, spread = (float(scores_P.mean()), float(scores_P.std()) or 1.0) if len(scores_P) else (0.0, 1.0)
+    x = (scores_P - middle) / spread
+    w = np.array([1.0, 0.0])
+    for _ in range(100):
+        chance = _sigmoid(w[0] * x + w[1])
+        wrong, weight = chance - wanted, chance * (1 - chance) + 1e-12
+        gradient = np.array([wrong @ x, wrong.sum()]) + 1e-6 * w
+        hessian = np.array([[weight @ (x * x), weight @ x], [weight @ x, weight.sum()]]) + 1e-6 * np.eye(2)
+        step = np.linalg.solve(hessian, gradient)
+        w = w - step * min(1.0, 2.0 / (float(np.abs(step).max()) + 1e-12))  # a whole Newton step may leap where chances are nearly certain
+        if np.abs(step).max() < 1e-9:
+            break
+    slope = max(float(w[0]), 1e-6) / spread
+    return slope, float(w[1]) - slope * middle
+
+
+def above(values: Chances, most: float) -> tuple[float, float]:
+    """(threshold, bound): the least threshold that, with 95 % confidence, at most the share `most` of such values reaches; the bound is
+    what is known of that share. Where so few values do not say so of any threshold: one that none of them reaches.
+
+    Thresholds are tried from the greatest on, until the first that fails, so that no more confidence is spent on many than on one.
+    """
+    descending = np.sort(values)[::-1]
+    reach = 0
+    while reach + 1 < len(descending) and clopper_pearson(reach + 1, len(descending)) <= most:
+        reach += 1
+    if not len(descending):
+        return -math.inf, 1.0
+    return float(np.nextafter(descending[reach], math.inf)), clopper_pearson(reach, len(descending))
+
+
+def clopper_pearson(k: int, n: int, confidence: float = CONFIDENCE) -> float:
+    """The upper bound of a share of which k of n were seen."""
+    from scipy.special import betaincinv
+
+    return 1.0 if k >= n else float(betaincinv(k + 1, n - k, confidence))
