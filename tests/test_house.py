@@ -18,8 +18,7 @@ ORDER = (
     ("hosts",),
     ("hooks", "engine"),
     ("text", "memory.encoder"),
-    ("memory.index", "memory.vectors", "memory.scope", "memory.reader"),
-    ("memory.route",),
+    ("memory.index", "memory.vectors", "memory.scope"),
     ("methods",),
     ("apply",),
     ("processor",),
@@ -37,7 +36,7 @@ ORDER = (
     ("cli",),
 )
 FLOOR = {room: depth for depth, rooms in enumerate(ORDER) for room in rooms}
-METHODS_MAY = {"types", "hosts", "hooks", "text", "memory.encoder", "memory.scope", "memory.reader", "methods"}
+METHODS_MAY = {"types", "hosts", "hooks", "text", "methods", "memory.encoder", "memory.index", "memory.scope"}
 
 
 def room_of(module: str) -> str:

@@ -44,7 +44,7 @@ CANDIDATES = 8  # that the index is taken to propose, while training
 HARDNESS = 0.1  # temperature at which records near a query are drawn
 LEAST = 4  # lessons that there must be
 CONFIDENCE = 0.95
-NEVER_NEAR = 0.002  # share of queries in scope that may lie below `near`
+NEVER_NEAR, MARGIN = 0.002, 0.05  # `near` lies so far below what all but such a share of the queries in scope reach
 
 
 @final
@@ -406,7 +406,7 @@ class Lessons:
         matters = np.unique(self.matters)
         rng.shuffle(matters)
         back = set(matters[: max(1, round(held * len(matters)))].tolist())
-        return tuple([i for i, m in enumerate(self.matters) if (m in back) == aside] for aside in (False, True))  # type: ignore[return-value]
+        return [i for i, m in enumerate(self.matters) if m not in back], [i for i, m in enumerate(self.matters) if m in back]
 
 
 @final
@@ -531,7 +531,7 @@ def _descend(
     """AdamW, a step that rises over a tenth of the way and falls to nothing. Weights end as what `parts` keeps of them."""
     with_transformer = verifier.transformer is not None
     steps = steps or (600 if with_transformer else 300)
-    rate = rate or (1e-4 if with_transformer else 3e-3)
+    rate = rate or (1e-4 if with_transformer else 1e-3)
     verifier.requires_grad_(False)
     learned = list(_learned(verifier).values())
     for p in learned:
@@ -565,7 +565,7 @@ def _calibrated(
 ) -> Scope:
     """Chances and thresholds by the lessons that were held back, asked of the whole memory."""
     whole = range(len(memory.lessons))
-    near = float(np.quantile([memory.cosine(i, query) for i in whole for query in memory.lessons[i].inside], NEVER_NEAR)) - 1e-4
+    near = float(np.quantile([memory.cosine(i, query) for i in whole for query in memory.lessons[i].inside], NEVER_NEAR)) - MARGIN
     asked = [(i, query) for i in back for query in (*memory.lessons[i].inside, *memory.outside(i))]
     pairs: list[Pair] = []
     concerned: list[bool] = []
@@ -638,6 +638,6 @@ def above(values: Chances, most: float) -> tuple[float, float]:
 
 def clopper_pearson(k: int, n: int, confidence: float = CONFIDENCE) -> float:
     """The upper bound of a share of which k of n were seen."""
-    from scipy.stats import beta
+    from scipy.special import betaincinv
 
-    return 1.0 if k >= n else float(beta.ppf(confidence, k + 1, n - k))
+    return 1.0 if k >= n else float(betaincinv(k + 1, n - k, confidence))
