@@ -18,7 +18,8 @@ ORDER = (
     ("hosts",),
     ("hooks", "engine"),
     ("text", "memory.encoder"),
-    ("memory.index", "memory.vectors", "memory.scope"),
+    ("memory.index", "memory.vectors", "memory.scope", "memory.reader"),
+    ("memory.route",),
     ("methods",),
     ("apply",),
     ("processor",),
@@ -36,7 +37,7 @@ ORDER = (
     ("cli",),
 )
 FLOOR = {room: depth for depth, rooms in enumerate(ORDER) for room in rooms}
-METHODS_MAY = {"types", "hosts", "hooks", "text", "methods", "memory.encoder", "memory.index", "memory.scope"}
+METHODS_MAY = {"types", "hosts", "hooks", "text", "methods", "memory.encoder", "memory.scope", "memory.reader"}
 
 
 def room_of(module: str) -> str:

@@ -413,13 +413,13 @@ class Lessons:
 class Drawn:
     """Draws batches of pairs from a memory: in scope, out of scope by the lesson's own word, out of scope because of another record."""
 
-    def __init__(self, memory: Lessons, records: Sequence[int], rng: np.random.Generator) -> None:
+    def __init__(self, memory: Lessons, records: Sequence[int], rng: np.random.Generator, mined: bool = True) -> None:
         self.memory, self.rng = memory, rng
         self.inside = [(i, query) for i in records for query in memory.lessons[i].inside]
         self.outside = [(i, query) for i in records for query in memory.outside(i)]
         asked = list(dict.fromkeys(query for _, query in (*self.inside, *self.outside)))
         self.near: list[tuple[str, list[int], Chances]] = []
-        for query, found in zip(asked, memory.nearest(asked, records, 2 * CANDIDATES), strict=True):
+        for query, found in zip(asked, memory.nearest(asked, records, 2 * CANDIDATES), strict=True) if mined else ():
             if wrong := [(i, score) for i, score in found if not memory.concerns(i, query)]:
                 weights = np.exp((np.array([score for _, score in wrong]) - wrong[0][1]) / HARDNESS)
                 self.near.append((query, [i for i, _ in wrong], weights / weights.sum()))
@@ -484,6 +484,7 @@ def train(
     rate: float | None = None,
     held: float = 0.25,
     false_fires: float = 0.01,
+    mined: bool = True,
     device: str = "cpu",
 ) -> Scope:
     """A scope from lessons.
@@ -495,6 +496,8 @@ def train(
     held         share of the lessons that is held back, for calibration and the bound
     false_fires  the bound on queries that concern no record; with too few of them held back to say so, none of those fires, and
                  `Scope.false_fires` is what can be said
+
+    mined        half of the pairs out of scope are what the index finds in the whole memory; else they are each lesson's own, as published
 
     Raises InvalidExample if there are too few lessons, or none that says anything; UnknownName, MissingExtra.
     """
@@ -512,7 +515,7 @@ def train(
         own = _verifier(verifier, encoder.width, backbone, device)
     if begin is not None:
         own.load_state_dict(begin.verifier.state_dict())
-    drawn = Drawn(memory, learning, rng)
+    drawn = Drawn(memory, learning, rng, mined)
     if not drawn.inside or not (drawn.outside or drawn.near):
         raise InvalidExample("The lessons to learn from have no pair in scope, or none out of scope. Give more of them.")
     _descend(own, drawn, remembering, steps, batch_size, rate, progress)

@@ -9,6 +9,7 @@ METHODS: dict[str, str] = {
     "alphaedit": "errata.methods.alphaedit:Alphaedit",
     "emmet": "errata.methods.emmet:Emmet",
     "ensemble": "errata.methods.ensemble:Ensemble",
+    "eren": "errata.methods.eren:Eren",
     "finetune": "errata.methods.finetune:Finetune",
     "lora": "errata.methods.lora:Lora",
     "lu": "errata.methods.lu:Lu",
@@ -18,7 +19,9 @@ METHODS: dict[str, str] = {
     "nse": "errata.methods.nse:Nse",
     "one_layer_interpolation": "errata.methods.one_layer:OneLayerInterpolation",
     "rome": "errata.methods.rome:Rome",
+    "rp": "errata.methods.rp:Rp",
     "senses": "errata.methods.senses:Senses",
+    "serac": "errata.methods.serac:Serac",
     "ultraedit": "errata.methods.ultraedit:Ultraedit",
 }
 

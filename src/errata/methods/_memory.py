@@ -1,16 +1,23 @@
 """What `lu`, `rp`, `serac` and `eren` share, whose edits stay in memory. Nothing here decides or answers: see `memory/route.py`."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from errata import hosts
 from errata.hosts import Host
-from errata.types import Example, InvalidExample, Memory, Patch
+from errata.memory import encoder as encoders
+from errata.memory import scope as scopes
+from errata.memory.reader import asked_in
+from errata.memory.scope import Lesson, Scope
+from errata.types import Case, Example, InvalidExample, Memory, Patch, Run, ScopeCase, State, UnknownName, WrongBase
 
 GOALS = ("raise", "prefer")  # what an answer can do for an example
+SCOPE = "scope/"  # of a state's tensors
 
 
 def requests(name: str, host: Host, examples: Sequence[Example]) -> None:
@@ -31,3 +38,82 @@ def memory(host: Host, name: str, config: Mapping[str, Any], examples: tuple[Exa
         **how,
     )
     return Patch(method=name, config=dict(config), parent=host.id, examples=tuple(examples), ops=(op,))
+
+
+def vectors(encoder: encoders.Encoder, examples: Sequence[Example]) -> Tensor:
+    """(N, D) of what each prompt asks."""
+    return torch.from_numpy(encoder.encode([asked_in(e.prompt) for e in examples]))
+
+
+def known(name: str, host: Host, run: Run) -> State:
+    """What `name` was prepared with, at hand for whoever puts its patches on.
+
+    Raises UnknownName if there is none, WrongBase if it is of other weights, InvalidExample if it is of another method or half done.
+    """
+    state = run.state
+    if state is None:
+        raise UnknownName(
+            f"{name} has learnt nothing about {host.name} yet. Run 'errata prepare {name}'; "
+            f"in Python, give `state` what its `prepare` returns."
+        )
+    if state.method != name or state.config.get("unfinished"):
+        what = f"a state of {state.method}" if state.method != name else "half prepared"
+        raise InvalidExample(f"State {state.id} is {what}; {name} needs one that 'errata prepare {name}' has finished.")
+    if state.host not in (host.id, host.base_id):
+        raise WrongBase(f"State {state.id} was prepared on weights {state.host}, {host.name} has {host.id}. Prepare it again.")
+    host.states[state.id] = state
+    return state
+
+
+def lesson_of(case: Case | ScopeCase) -> Lesson:
+    """What a case teaches a scope: of each text what it asks, for that is what a memory is asked."""
+    if isinstance(case, Case):
+        taught = scopes.lesson_of(case)
+        inside, outside = taught.inside, taught.outside
+    else:
+        inside, outside = case.prompts, tuple(q.prompt for q in case.outside)
+    inside, outside = (tuple(dict.fromkeys(asked_in(t) for t in texts)) for texts in (inside, outside))
+    e = case.example
+    return Lesson(question=asked_in(e.prompt), answer=e.target.strip(), inside=inside, outside=tuple(t for t in outside if t not in inside))
+
+
+def scoped(
+    cases: Iterable[Case | ScopeCase],
+    run: Run,
+    *,
+    encoder: str,
+    verifier: Literal["distance", "cross"],
+    backbone: str,
+    steps: int,
+    false_fires: float,
+    device: str,
+    faithful: bool = False,
+) -> Scope:
+    """A scope learnt from the cases, `faithful`: as published. Raises InvalidExample, UnknownName, MissingExtra."""
+    scope = scopes.train(
+        [lesson_of(case) for case in sorted(cases, key=lambda c: c.id)],
+        encoders.load(encoder, device),
+        verifier=verifier,
+        backbone=backbone,
+        seed=run.seed,
+        progress=run.progress,
+        steps=steps or None,
+        false_fires=false_fires,
+        device=device,
+        mined=not faithful,
+    )
+    if not faithful:
+        return scope
+    # g > 1/2, where a score is the logit of g, or log g
+    half = math.nextafter(0.5, 1.0)
+    return replace(scope, near=-1.0, fire=half, leave=half, slope=1.0, shift=0.0 if verifier == "cross" else math.log(2))
+
+
+def with_scope(state: State, scope: Scope) -> State:
+    """The state that holds the scope too."""
+    config, tensors = scope.parts()
+    return replace(
+        state,
+        config={**state.config, "scope": config},
+        tensors={**state.tensors, **{f"{SCOPE}{name}": t for name, t in tensors.items()}},
+    )

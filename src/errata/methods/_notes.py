@@ -1,14 +1,14 @@
 """Learning to read: what `serac` and `eren` share, whose answers come from a model that has an example as a note in front of it.
 
-    psi = argmin  mean over (note, x, y) of -log p_psi(y | note, x)        Mitchell et al. 2022 (SERAC), arXiv 2206.06520, L_cntr of section 3.3
+    psi = argmin  mean over (note, x, y) of -log p_psi(y | note, x)     Mitchell et al. 2022 (SERAC), arXiv 2206.06520, section 3.3
 
-The note of a text in scope is the right one, whatever the memory would find. So that the reader takes the answer from the note and not from
-what it knows, half of the notes get another example's target, in the note and as the answer, where that is what is asked for. What `psi`
-changes is a difference to the weights of the host, or of a smaller model of the same tokens: low-rank factors at every projection, or, with
-rank 0, all weights.
+The note of a text in scope is the right one, whatever the memory would find. So that the reader takes the answer from the note and not
+from what it knows, half of the notes get another example's target, in the note and as the answer, where that is what is asked for. What
+`psi` changes is a difference to the weights of the host, or of a smaller model of the same tokens: low-rank factors at every projection,
+or, with rank 0, all weights.
 
-Unlike serac@c963a39 the learning rates are those of a small difference and not of a whole model (there: 1e-5), and steps have as many texts as
-there is room for (there: ten edits, gradients added over ten steps).
+Unlike serac@c963a39 the learning rates are those of a small difference and not of a whole model (there: 1e-5), and a step has as many
+texts as there is room for (there: ten edits, gradients added over ten steps).
 
 File legend: N texts, T tokens.
 """
@@ -32,6 +32,7 @@ WARM = 20  # steps until the rate is whole
 ANOTHER = 0.5  # of the notes get another example's target
 NOTHING = 0.25  # of the texts of a reader that may say so have no note that tells the answer
 UNANSWERABLE = " unanswerable"
+PLAIN = "{notes} {question}"  # what a reader that has learnt reads
 
 
 @final
@@ -84,18 +85,20 @@ def lessons(cases: Iterable[Case | ScopeCase]) -> list[Lesson]:
     return out
 
 
-def learnt(host: Host, name: str, cases: Sequence[Case | ScopeCase], run: Run, s: Settings, config: Mapping[str, Any]) -> State:
-    """A State with the reader's differences, of the host's or of `small`'s weights. With an unfinished one in `run.state` it goes on there;
-    `run.keep` gets one at each validation. Raises InvalidExample for too few cases, or if what was begun is of others."""
+def learnt(
+    host: Host, reader: Host, name: str, cases: Sequence[Case | ScopeCase], run: Run, s: Settings, config: Mapping[str, Any]
+) -> State:
+    """A State for `host` with the differences of its `reader`'s weights. With an unfinished one in `run.state` it goes on there; `run.keep`
+    gets one at each validation. Raises InvalidExample for too few cases, or if what was begun is of others."""
     if len(cases) < 4:
         raise InvalidExample(f"{name} learns from training cases: 4 or more are needed, got {len(cases)}.")
     about = digest(name, host.id, canonical_json([dict(config), run.seed]), *sorted(c.id for c in cases))
-    school = _School(host, lessons(sorted(cases, key=lambda c: c.id)), s, run.seed)
+    school = _School(reader, lessons(sorted(cases, key=lambda c: c.id)), s, run.seed)
     begun = run.state if run.state is not None and run.state.config.get("unfinished") else None
     if begun is not None and begun.config["about"] != about:
         raise InvalidExample(
-            f"The preparation of {begun.method} that was begun is of other cases, settings or weights. Give the same ones to go on with it, "
-            f"or begin afresh."
+            f"The preparation of {begun.method} that was begun is of other cases, settings or weights. Give the same ones to go on with "
+            f"it, or begin afresh."
         )
     trained_on = frozenset(c.id for c in cases)
 
@@ -105,9 +108,7 @@ def learnt(host: Host, name: str, cases: Sequence[Case | ScopeCase], run: Run, s
         if more:
             tensors |= {f"at/{n}": t.detach().clone() for n, t in school.leaves.items()} | school.moments()
             tensors |= {f"best/{n}": t.clone() for n, t in best.items()}
-        return State(
-            method=name, host=host.id, config={**config, "about": about, **told} | more, tensors=tensors, trained_on=trained_on
-        )
+        return State(method=name, host=host.id, config={**config, "about": about, **told} | more, tensors=tensors, trained_on=trained_on)
 
     step, best_step, best_loss, dropped = 0, 0, math.inf, 0
     if begun is not None:
@@ -142,7 +143,9 @@ class _School:
         n = min(most, max(fewest, round(share * len(ordered))))
         self.held_back, self.train = ordered[:n], ordered[n:]
         rng = random.Random(f"{seed}/validation")
-        self.validation = [self._row(rng, lesson, self.held_back, lesson.inside[rng.randrange(len(lesson.inside))]) for lesson in self.held_back]
+        self.validation = [
+            self._row(rng, lesson, self.held_back, lesson.inside[rng.randrange(len(lesson.inside))]) for lesson in self.held_back
+        ]
         self.base: dict[str, Tensor] = {}
         self.leaves = self._fresh()
         self.solver = torch.optim.Adam([*self.leaves.values()], lr=s.lr)
@@ -213,7 +216,6 @@ class _School:
         rng = random.Random(f"{self.seed}/{step}")
         drawn = [rng.choice(self.train) for _ in range(self.s.texts)]
         rows = [self._row(rng, lesson, self.train, rng.choice(lesson.inside)) for lesson in drawn]
-        self.solver.zero_grad()
         self._loss(rows, learn=True)
         norm = nn.utils.clip_grad_norm_([*self.leaves.values()], 1.0)
         if not norm.isfinite():
@@ -230,14 +232,16 @@ class _School:
 
     def _loss(self, rows: Sequence[tuple[list[int], int]], learn: bool) -> float:
         """Mean over the rows of -log p of the answer, per token; with `learn` its gradients go to the leaves."""
-        whole = 0.0
+        whole, leaves = 0.0, [*self.leaves.values()]
+        for leaf in leaves:
+            leaf.grad = torch.zeros_like(leaf)
         widest = max(len(ids) for ids, _ in rows)
         for group in hosts.by_length(rows, min(hosts.at_once(self.reader), max(1, self.s.batch_size) * widest)):
             with torch.set_grad_enabled(learn):
                 batch = hosts.pad(self.reader, [rows[i] for i in group])
                 logp_NT = hosts.scored_logprobs(self.reader, batch, self.weights())
                 loss = -(logp_NT.sum(1) / batch.scored_NT.sum(1)).sum() / len(rows)
-            if learn:
-                loss.backward()  # type: ignore[no-untyped-call]
+            for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves), strict=True) if learn else ():
+                leaf.grad = grad if leaf.grad is None else leaf.grad.add_(grad)
             whole += loss.item()
         return whole
