@@ -1,4 +1,4 @@
-"""Where a memory answers: bits of what it does not concern, rows put back in order, caches, beams, sentence ends, several notes, mixtures."""
+"""Where a memory answers: bits of what it does not concern, rows in their places, caches, beams, sentence ends, notes, mixtures."""
 
 from collections.abc import Sequence
 from dataclasses import replace
