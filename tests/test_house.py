@@ -28,6 +28,7 @@ ORDER = (
     ("build",),
     ("tasks",),
     ("evaluate",),
+    ("drawdown",),
     ("report",),
     ("export",),
     ("lab",),

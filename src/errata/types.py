@@ -1,4 +1,4 @@
-"""The nouns: Example, Record, Case, Op, Patch, Budget, Verdict, Score, State, Run, Rows, Method, and the error tree.
+"""The nouns: Example, Record, Case, Query, ScopeCase, Op, Patch, Budget, Verdict, Score, State, Run, Rows, Method, and the error tree.
 
 Values only: frozen, keyword-only, checked once at construction, named by a hash of their content (`id`, "b2:" and 32 hex digits).
 Nothing here reads a file, touches a model or knows a method. Change a value with `dataclasses.replace`.
@@ -354,6 +354,89 @@ class Case:
     @property
     def id(self) -> str:
         return digest("case", canonical_json(self.as_dict()))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """What a model is asked about an edit's scope. In scope, `answer` is what the edit makes right; out of it, what would be answered there
+    (None: it is not known, and only what changes is looked at).
+
+    kind    in scope: edit, rephrase, implication, yes/no, claim, opinion; out of scope: a ring, near (found by an encoder), or as in scope
+    hard    in scope: not a rephrasing; out of scope: about something that the edit is about too
+    about   the page, topic or subject, where it is known
+    """
+
+    prompt: str
+    answer: str | None = None
+    kind: str = ""
+    hard: bool = False
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        _check_text(prompt=self.prompt, kind=self.kind, about=self.about, **({} if self.answer is None else {"answer": self.answer}))
+        if not self.prompt.strip() or (self.answer is not None and not self.answer.strip()):
+            raise InvalidExample(f"A query needs a prompt, and an answer that is not empty, got '{self.prompt}' and '{self.answer}'.")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ScopeCase:
+    """An edit, what it concerns (`inside`) and what it does not (`outside`): what a memory learns its scope from, and what judges it.
+
+    It says more than a Case: what follows from an edit has other answers than its target. Where the edit is an attitude, `inside` are
+    utterances that express it and `against` are those that express the opposite. `about` is the page, topic or subject of the edit, where
+    it is known. Raises InvalidExample; a query cannot be inside and outside.
+    """
+
+    example: Example
+    inside: tuple[Query, ...] = ()
+    outside: tuple[Query, ...] = ()
+    against: tuple[Query, ...] = ()
+    about: str = ""
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        _check_text(about=self.about, source=self.source)
+        if not self.inside and not self.outside:
+            raise InvalidExample(f"'{self.example}' has no query in its scope and none out of it.")
+        if silent := next((q for q in (*self.inside, *self.against) if q.answer is None), None):
+            raise InvalidExample(f"'{silent.prompt}' is in the scope of '{self.example}': say what should be answered.")
+        within = {folded(prompt) for prompt in self.prompts}
+        if both := next((q for q in self.outside if folded(q.prompt) in within), None):
+            raise InvalidExample(f"'{both.prompt}' stands in the scope of '{self.example}' and out of it.")
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Everything that the edit concerns: its own prompt and those of `inside` and `against`."""
+        return tuple(dict.fromkeys([self.example.prompt, *(q.prompt for q in (*self.inside, *self.against))]))
+
+    @property
+    def case(self) -> Case:
+        """What a Case can say of it: its rephrasings, and what lies outside and has an answer."""
+        own = (self.example.prompt, self.example.target)
+        known = ((q, q.answer) for q in self.outside if q.answer is not None)
+        return Case(
+            example=self.example,
+            paraphrases=tuple(q.prompt for q in self.inside if q.answer == own[1] and q.prompt != own[0]),
+            neighbours=tuple(Neighbour(prompt=q.prompt, answer=answer, ring=_ring(q)) for q, answer in known),
+            source=self.source,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        queries = {
+            name: [{f.name: getattr(q, f.name) for f in fields(q)} for q in plain[name]] for name in ("inside", "outside", "against")
+        }
+        return plain | {"example": self.example.as_dict()} | queries
+
+    @property
+    def id(self) -> str:
+        return digest("scope case", canonical_json(self.as_dict()))
+
+
+def _ring(query: Query) -> Ring:
+    return next((ring for ring in RINGS if ring == query.kind), "relation" if query.hard else "unrelated")
 
 
 def _check_tensor(weight: object, **tensors: Tensor) -> None:
