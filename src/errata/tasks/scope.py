@@ -65,7 +65,7 @@ def concerns(queries: Sequence[Query], cases: Sequence[ScopeCase]) -> list[set[i
     """For each query the indices of the cases whose edit it may be about.
 
     Where both say what they are about, that is compared (`meet`). Where one does not: it is asked like something in the case's scope, in
-    other spelling, in the same words in another order, or in nearly the same words.
+    other spelling, in the same words in another order, or in nearly the same words, unless both are questions that name different things.
     """
     titles: dict[str, set[int]] = defaultdict(set)
     said: dict[str, set[int]] = defaultdict(set)
@@ -83,9 +83,24 @@ def concerns(queries: Sequence[Query], cases: Sequence[ScopeCase]) -> list[set[i
     close = dict(zip(different, alike(different, prompts), strict=True))
     out = []
     for q in queries:
-        worded = set[int]().union(*(said[prompts[j]] for j in close[q.prompt]))
+        near_by = (prompts[j] for j in close[q.prompt])
+        worded = set[int]().union(*(said[p] for p in near_by if not _ask_of_others(q.prompt, p)))
         out.append(exact.get(folded(q.prompt), set()) | (met[folded(q.about)] | (worded - named) if q.about else worded))
     return out
+
+
+def _ask_of_others(one: str, other: str) -> bool:
+    """Whether two texts are questions, each with a name or a number in it that is not in the other: templates ask the same of many."""
+    if not (one.endswith("?") and other.endswith("?")):
+        return False
+    (names_1, words_1), (names_2, words_2) = _words(one), _words(other)
+    return bool(names_1 - words_2) and bool(names_2 - words_1)
+
+
+def _words(sentence: str) -> tuple[set[str], set[str]]:
+    """(what is a name or a number, every word) of a sentence, in small letters."""
+    found = re.findall(r"\w+", sentence)
+    return {w.casefold() for i, w in enumerate(found) if w[0].isdigit() or (i and not w.islower())}, {w.casefold() for w in found}
 
 
 def alike(sentences: Sequence[str], others: Sequence[str], share: float = ALIKE) -> list[list[int]]:
