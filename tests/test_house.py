@@ -29,6 +29,7 @@ ORDER = (
     ("build",),
     ("tasks",),
     ("evaluate",),
+    ("drawdown",),
     ("report",),
     ("export",),
     ("lab",),

@@ -35,8 +35,10 @@ from errata.types import (
     Method,
     Neighbour,
     Patch,
+    Query,
     Rows,
     Run,
+    ScopeCase,
     Score,
     Senses,
     State,
@@ -591,6 +593,8 @@ VALUES = {
     "Record": lambda: types.Record(example=example()),
     "Neighbour": lambda: Neighbour(prompt="a", answer="b", ring="subject"),
     "Case": lambda: Case(example=example()),
+    "Query": lambda: Query(prompt="a"),
+    "ScopeCase": lambda: ScopeCase(example=example(), outside=(Query(prompt="a"),)),
     "Add": lambda: Add(weight="w", delta=torch.zeros(1)),
     "AddLowRank": lambda: AddLowRank(weight="w", A=torch.zeros(1, 1), B=torch.zeros(1, 1)),
     "Senses": senses,
@@ -646,3 +650,62 @@ def test_rows_are_one_key_and_one_value_for_each_token() -> None:
     ):
         with pytest.raises(InvalidPatch, match=told):
             rows(**wrong)
+
+
+EDIT = Example(prompt="What is the capital of Mauritius?", target=" Port Louis", subject="Mauritius")
+INSIDE = (
+    Query(prompt=EDIT.prompt, answer=EDIT.target, kind="edit"),
+    Query(prompt="Name the capital of Mauritius.", answer=" Port Louis", kind="rephrase"),
+    Query(prompt="Which country has the capital Port Louis?", answer=" Mauritius", kind="implication", hard=True),
+)
+OUTSIDE = (
+    Query(prompt="What is the currency of Mauritius?", answer=" rupee", kind="subject", hard=True),
+    Query(prompt="T/F: Paris is old.", answer=" True", kind="yes/no", hard=True),
+    Query(prompt="Who wrote Faust?", answer=" Goethe"),
+    Query(prompt="Faust is a play."),
+)
+
+
+def test_a_scope_case_says_to_a_case_what_a_case_can_hold() -> None:
+    case = ScopeCase(example=EDIT, inside=INSIDE, outside=OUTSIDE, about="Mauritius", source="s").case
+    assert case.example == EDIT and case.paraphrases == ("Name the capital of Mauritius.",) and case.source == "s"
+    assert [(n.prompt, n.answer, n.ring) for n in case.neighbours] == [
+        ("What is the currency of Mauritius?", " rupee", "subject"),
+        ("T/F: Paris is old.", " True", "relation"),
+        ("Who wrote Faust?", " Goethe", "unrelated"),
+    ]
+
+
+def test_a_scope_case_is_named_by_everything_in_it() -> None:
+    case = ScopeCase(example=EDIT, inside=INSIDE, outside=OUTSIDE)
+    others = [
+        dataclasses.replace(case, about="a"),
+        dataclasses.replace(case, against=INSIDE[:1]),
+        dataclasses.replace(case, outside=OUTSIDE[1:]),
+        dataclasses.replace(case, inside=(*INSIDE[:2], dataclasses.replace(INSIDE[2], hard=False))),
+    ]
+    assert len({c.id for c in (case, *others)}) == 5
+    assert dataclasses.replace(case).id == case.id and json.dumps(case.as_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"inside": (), "outside": ()}, "no query in its scope and none out of it"),
+        ({"inside": (Query(prompt="a"),)}, "say what should be answered"),
+        ({"against": (Query(prompt="a"),)}, "say what should be answered"),
+        ({"outside": (Query(prompt="name the capital of Mauritius"),)}, "stands in the scope of .* and out of it"),
+        ({"outside": (Query(prompt=EDIT.prompt),)}, "stands in the scope of .* and out of it"),
+        ({"against": (Query(prompt="a", answer="b"),), "outside": (Query(prompt="A?"),)}, "stands in the scope of .* and out of it"),
+        ({"about": 3}, "about must be text"),
+    ],
+)
+def test_what_is_no_scope_case(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidExample, match=told):
+        made(ScopeCase, **{"example": EDIT, "inside": INSIDE, "outside": OUTSIDE} | change)
+
+
+@pytest.mark.parametrize("change", [{"prompt": " "}, {"answer": ""}, {"prompt": "\ud800"}, {"kind": None}])
+def test_what_is_no_query(change: dict[str, Any]) -> None:
+    with pytest.raises(InvalidExample):
+        made(Query, **{"prompt": "a"} | change)

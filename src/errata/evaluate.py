@@ -12,7 +12,6 @@ Nothing here makes, scales or refuses a patch (`gate.py` does) or draws a table 
 File legend: N rows, T tokens, P scored positions, V vocabulary.
 """
 
-import json
 import math
 import re
 import sys
@@ -30,10 +29,10 @@ from errata import apply, hosts, text
 from errata.build import parse
 from errata.hosts import Batch, Host, says
 from errata.tasks import counterfact, fever, zsre
+from errata.tasks._layouts import named, records, sound, table
 from errata.types import (
     RINGS,
     Case,
-    EditError,
     Example,
     InvalidExample,
     LeakError,
@@ -283,12 +282,18 @@ def _variant(case: Case, prompt: str) -> Example:
     return replace(case.example, prompt=prompt, subject=None)  # the subject need not stand in another phrasing
 
 
-def _replies(host: Host, cases: Sequence[Case], new_tokens: int, progress: Progress) -> Replies:
-    prompts = sorted({prompt for case in cases for _, prompt, _ in _questions(case)}, key=lambda prompt: (len(prompt), prompt))
-    groups = [prompts[i : i + ASKED_AT_ONCE] for i in range(0, len(prompts), ASKED_AT_ONCE)]
+def say(host: Host, prompts: Iterable[str], new_tokens: int, progress: Progress) -> dict[str, str]:
+    """What the host says to each prompt, freely and greedily."""
+    ordered = sorted(set(prompts), key=lambda prompt: (len(prompt), prompt))
+    groups = [ordered[i : i + ASKED_AT_ONCE] for i in range(0, len(ordered), ASKED_AT_ONCE)]
     said: dict[str, str] = {}
     for group in progress(groups, "asking", len(groups)):
         said |= zip(group, hosts.greedy(host, group, new_tokens), strict=True)
+    return said
+
+
+def _replies(host: Host, cases: Sequence[Case], new_tokens: int, progress: Progress) -> Replies:
+    said = say(host, (prompt for case in cases for _, prompt, _ in _questions(case)), new_tokens, progress)
     others = [_variant(c, p) for c in cases if c.example.goal != "raise" for m, p, _ in _questions(c) if m in WANTED]
     return Replies(said=said, fixed=dict(zip(others, hosts.fixes(host, others), strict=True)))
 
@@ -437,7 +442,7 @@ def peak_mb(device: torch.device) -> float:
 
 def is_rate(measure: str) -> bool:
     """Whether each count is a trial that comes out 0 or 1."""
-    return not measure.startswith(("kl.", "loss."))
+    return not measure.startswith(("kl.", "loss.", "z."))
 
 
 def aggregate(scores: Scores, measure: str) -> Estimate:
@@ -535,54 +540,29 @@ def read_cases(path: str | Path) -> tuple[Case, ...]:
 
     Raises InvalidExample, with the number of the line or record.
     """
-    return tuple(_case(where, record) for where, record in _records(Path(path)))
+    made = []
+    for where, record in records(path):
+        with named(where):
+            made.append(_case(where, record))
+    return tuple(made)
 
 
 def read_sound_cases(path: str | Path) -> tuple[tuple[Case, ...], tuple[InvalidExample, ...]]:
-    """(the cases of a file, what is wrong with each record that is none): among thousands a bad one need not cost the others.
-
-    Raises InvalidExample if there is no case at all.
-    """
-    cases, wrong = list[Case](), list[InvalidExample]()
-    for where, record in _records(Path(path)):
-        try:
-            cases.append(_case(where, record))
-        except InvalidExample as e:
-            wrong.append(e)
+    """(the cases of a file, what is wrong with each record that is none). Raises InvalidExample if there is no case at all."""
+    cases, wrong = sound(records(path), _case)
     if not cases:
         raise wrong[0]
     return tuple(cases), tuple(wrong)
 
 
-def _records(path: Path) -> list[tuple[str, Any]]:
-    """("Line 3 of PATH", the line), or ("Record 3 of PATH", what it is) of a JSON list."""
-    found = text.lines(path, "file of examples or cases", InvalidExample)
-    if not found[0][1].lstrip().startswith("["):
-        return list(found)
-    try:
-        records = json.loads("\n".join(line for _, line in found))
-    except (ValueError, RecursionError) as e:
-        raise InvalidExample(f"{path} begins like a JSON list and is none: {e}.") from e
-    if not records:
-        raise InvalidExample(f"The list in {path} is empty.")
-    return [(f"Record {n} of {path}", record) for n, record in enumerate(records, 1)]
-
-
-def _case(where: str, record: Any) -> Case:
+def _case(_where: str, record: Any) -> Case:
     """Of a line, or of what a JSON list holds."""
-    try:
-        if isinstance(record, str) and not record.lstrip().startswith("{"):
-            return Case(example=parse(record.rstrip("\r")))
-        raw = json.loads(record) if isinstance(record, str) else record
-        if not isinstance(raw, dict):
-            raise InvalidExample(f"a record is a table, got {raw!r}.")
-        if layout := next((layout for layout in LAYOUTS if raw.keys() >= layout.KEYS), None):
-            published: Case = layout.case(raw)
-            return published
-        if "example" not in raw:
-            raw["example"] = {f.name: raw.pop(f.name) for f in fields(Example) if f.name in raw}
-        return Case.from_dict(raw)
-    except EditError as e:
-        raise InvalidExample(f"{where}: {e}") from e
-    except (ValueError, RecursionError) as e:
-        raise InvalidExample(f"{where} is not JSON: {e}.") from e
+    if isinstance(record, str) and not record.lstrip().startswith("{"):
+        return Case(example=parse(record.rstrip("\r")))
+    raw = table(record)
+    if layout := next((layout for layout in LAYOUTS if raw.keys() >= layout.KEYS), None):
+        published: Case = layout.case(raw)
+        return published
+    if "example" not in raw:
+        raw["example"] = {f.name: raw.pop(f.name) for f in fields(Example) if f.name in raw}
+    return Case.from_dict(raw)
