@@ -27,6 +27,7 @@ ORDER = (
     ("ledger",),
     ("memory",),
     ("build",),
+    ("compact", "choose"),
     ("tasks",),
     ("evaluate",),
     ("drawdown",),

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from errata import hosts
 from errata.hosts import Host, Worn, senses_of, stored_transposed
-from errata.memory.route import Router
+from errata.memory.route import Propose, Router
 from errata.types import (
     Add,
     AddLowRank,
@@ -36,8 +36,9 @@ from errata.types import (
 
 
 @torch.no_grad()
-def put_on(host: Host, patch: Patch) -> None:
-    """Put `patch` on top of what the host wears; `host.id` becomes `patch.id`. All of it or, on an error, nothing.
+def put_on(host: Host, patch: Patch, propose: Propose | None = None) -> None:
+    """Put `patch` on top of what the host wears; `host.id` becomes `patch.id`. All of it or, on an error, nothing. `propose` finds what a
+    memory looks up elsewhere than in the patch (`memory/live.py`).
 
     Raises WrongBase if the patch was made for other weights, InvalidPatch if an op does not meet a parameter of its shape, and what
     `hosts.beside` raises.
@@ -51,7 +52,7 @@ def put_on(host: Host, patch: Patch) -> None:
     shifts = [op for p in (*(worn.patch for worn in host.worn), patch) for op in p.ops if isinstance(op, Senses)]
     table = _shifted(_base_table(host), shifts) if any(isinstance(op, Senses) for op in patch.ops) else None
     spoken = tuple(handle for op in patch.ops if isinstance(op, Ensemble) for handle in _Beside(host, op, patch.id).handles)
-    routers = tuple(Router(host, op, patch.examples, patch.id) for op in patch.ops if isinstance(op, Memory))
+    routers = tuple(Router(host, op, patch.examples, patch.id, propose) for op in patch.ops if isinstance(op, Memory))
     replaced = {}
     for parameter, tensor in fresh.items():
         replaced[parameter], parameter.data = parameter.data, tensor

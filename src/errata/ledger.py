@@ -328,6 +328,14 @@ class Ledger:
         rows = self.rows("SELECT at, what, id, detail FROM event ORDER BY number")
         return tuple(Event(at=at, what=what, id=id, detail=detail) for at, what, id, detail in rows)
 
+    def moment(self) -> int:
+        """Number of the last event."""
+        return int(self.rows("SELECT max(number) FROM event")[0][0])
+
+    def compacted(self, since: int) -> bool:
+        """Whether records went into weights, or came back, after an event: what was read before and after it does not go together."""
+        return bool(self.rows("SELECT 1 FROM event WHERE number > ? AND what IN ('compact', 'compact undo')", since))
+
     # -------------------------------------------------------------------------------------------------------- patches and verdicts
 
     def put_patch(self, patch: Patch, verdict: Verdict) -> str:
@@ -336,18 +344,8 @@ class Ledger:
         Putting a patch again adds a verdict, which from then on is the one that counts, and mends the file if it was damaged.
         Raises InvalidPatch if the verdict is about another patch, WrongBase if the patch is for other weights, LedgerError.
         """
-        if verdict.patch != patch.id:
-            raise InvalidPatch(f"The verdict is about patch {verdict.patch}, the patch is {patch.id}. Judge the patch that is to be kept.")
-        self._check_base(f"Patch {patch.id}", patch.parent)
-        raw = to_bytes(patch)
-        examples = "\n".join(example.id for example in patch.examples)
-        ruling = json.dumps(verdict.as_dict(), sort_keys=True)  # not canonical_json: a refused patch may well have a loss of NaN
         with self.writing():
-            blob = self._keep(raw)
-            self._db.execute("INSERT OR REPLACE INTO patch VALUES (?, ?, ?, ?)", (patch.id, patch.method, examples, blob))
-            row = (digest("verdict", ruling), patch.id, ruling, _now())
-            self._db.execute("INSERT INTO verdict (id, patch, content, at) VALUES (?, ?, ?, ?)", row)
-            _log(self._db, "patch", patch.id, "passed" if verdict.passed else f"refused: {'; '.join(verdict.failures)}")
+            self.keep_patch(patch, verdict)
         return patch.id
 
     def patch(self, id: str | None = None) -> Patch:
@@ -497,6 +495,29 @@ class Ledger:
         row = (example.id, canonical_json(example.as_dict()), plain(example.prompt))
         self._db.execute("INSERT OR REPLACE INTO example VALUES (?, ?, ?)", row)
         return example.id
+
+    def keep_patch(self, patch: Patch, verdict: Verdict) -> None:
+        """As `put_patch`, inside `writing`."""
+        if verdict.patch != patch.id:
+            raise InvalidPatch(f"The verdict is about patch {verdict.patch}, the patch is {patch.id}. Judge the patch that is to be kept.")
+        self._check_base(f"Patch {patch.id}", patch.parent)
+        examples = "\n".join(example.id for example in patch.examples)
+        ruling = json.dumps(verdict.as_dict(), sort_keys=True)  # not canonical_json: a refused patch may well have a loss of NaN
+        blob = self._keep(to_bytes(patch))
+        self._db.execute("INSERT OR REPLACE INTO patch VALUES (?, ?, ?, ?)", (patch.id, patch.method, examples, blob))
+        row = (digest("verdict", ruling), patch.id, ruling, _now())
+        self._db.execute("INSERT INTO verdict (id, patch, content, at) VALUES (?, ?, ?, ?)", row)
+        _log(self._db, "patch", patch.id, "passed" if verdict.passed else f"refused: {'; '.join(verdict.failures)}")
+
+    def activate(self, example: Example, detail: str) -> bool:
+        """Make an example active, inside `writing`; whether it was not so already. Raises ConflictError."""
+        was = bool(self.rows("SELECT 1 FROM active WHERE id = ?", example.id))
+        self._activate(example, detail)
+        return not was
+
+    def deactivate(self, id: str, detail: str) -> None:
+        """Take an active example back, inside `writing`."""
+        self._deactivate(id, "retract", detail)
 
     # -------------------------------------------------------------------------------------------------------------------- inside
 

@@ -5,6 +5,7 @@ edits.py     build ask senses eval export               lab.py       lab card, t
 plan.py      what a build would cost                    trace.py     trace
 prepare.py   prepare                                memory.py    memory add list search supersede retract undo move
 protocol.py  eval canonical                         curve.py     eval alpha
+route.py     explain compact
 
 Importing this package imports no model library, so that `errata --help` answers at once: verbs import what they need when they run.
 Nothing here knows how anything is done; a verb reads its arguments, calls the rooms and prints what came out.
@@ -13,11 +14,11 @@ Nothing here knows how anything is done; a verb reads its arguments, calls the r
 import sys
 from collections.abc import Sequence
 
-from errata.cli import curve, edits, lab, memory, prepare, protocol, records, trace  # in this order they stand in the help
+from errata.cli import curve, edits, lab, memory, prepare, protocol, records, route, trace  # in this order they stand in the help
 from errata.cli.edge import app
 
 __all__ = ["app", "main"]
-_VERBS = (edits, curve, prepare, protocol, records, memory, trace, lab)  # importing them put their verbs into the app
+_VERBS = (edits, curve, prepare, protocol, records, memory, route, trace, lab)  # importing them put their verbs into the app
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from errata.cli.edge import LEDGER, Device, Json, LedgerAt, Out, PatchId, Reference, bound_host, chosen_patch, opened
+from errata.cli.edge import LEDGER, Device, Json, LedgerAt, Out, PatchId, Reference, bound_host, chosen_patch, give_states, opened
 from errata.cli.edits import asked_cases, evaluation, judging_text
 from errata.cli.shown import number, short, table
 
@@ -42,6 +42,7 @@ def alpha(
         worn = chosen_patch(ledger, patch)
         epsilon = ledger.verdict(worn.id).budget.epsilon
         host = bound_host(ledger, device, out)
+        give_states(ledger, host, worn)
     judged = asked_cases(cases, lab, n, host)
     before = evaluate.baseline(host, judged, judging_text(host, judged, reference, out), progress=out.progress)
     base = evaluate.evaluate(host, None, before)

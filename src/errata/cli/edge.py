@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
@@ -23,7 +23,7 @@ from errata import __version__
 if TYPE_CHECKING:  # nothing that imports torch, until a verb runs
     from errata.hosts import Host
     from errata.ledger import Ledger
-    from errata.types import Patch
+    from errata.types import Patch, State
 
 SLOW = 2.0  # seconds after which a reader wants to see that something happens
 
@@ -225,3 +225,54 @@ def chosen_patch(ledger: "Ledger", id: str | None, file: Path | None = None) -> 
     from errata.artefact import load_patch
 
     return ledger.patch(id) if file is None else load_patch(file)
+
+
+@contextmanager
+def speaking(
+    ledger: "Ledger",
+    host: "Host",
+    out: Out,
+    patch: str | None = None,
+    file: Path | None = None,
+    memory: bool = True,
+    tags: Sequence[str] = (),
+) -> Iterator[str | None]:
+    """The host under the current patch, or the one that is named, and with the ledger's memory, if it holds records. Yields the patch's id;
+    None where only the memory speaks. Raises LedgerError if there is neither."""
+    from errata import apply
+    from errata.memory.live import attached
+    from errata.memory.records import Records
+
+    kept, held = Records(ledger).encoder, bool(memory and Records(ledger).count())
+    # a memory answers without a patch; with examples that no patch holds, say so
+    worn = None if held and patch is None and file is None and not ledger.active() else chosen_patch(ledger, patch, file)
+    with ExitStack() as on:
+        if worn is not None:
+            give_states(ledger, host, worn)
+            on.enter_context(apply.applied(host, worn))
+        if held and kept is not None:
+            from errata.memory.encoder import load
+            from errata.memory.store import EditMemory
+
+            store = on.enter_context(EditMemory(ledger, load(kept[1]), note=out.note))
+            state = gating(ledger, store.encoder.id)
+            if state is None:
+                out.note("No scope is prepared for the memory's encoder: records answer where they are asked in their own words.")
+            on.enter_context(attached(host, store, state, tags=tags, note=out.note))
+        yield None if worn is None else worn.id
+
+
+def gating(ledger: "Ledger", encoder: str) -> "State | None":
+    """The latest state whose scope finds by this encoder."""
+    found = (ledger.latest_state(method) for method in ("serac", "rp"))
+    return next((s for s in found if s is not None and s.config["scope"]["encoder_id"] == encoder), None)
+
+
+def give_states(ledger: "Ledger", host: "Host", patch: "Patch") -> None:
+    """Let the host have the states that a patch of the edit memory speaks through, as far as the ledger has them."""
+    from errata.types import Memory, UnknownName
+
+    for op in patch.ops:
+        if isinstance(op, Memory) and op.state is not None and op.state not in host.states:
+            with suppress(UnknownName):
+                host.states[op.state] = ledger.state(op.state)

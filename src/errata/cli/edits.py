@@ -25,8 +25,10 @@ from errata.cli.edge import (
     app,
     bound_host,
     chosen_patch,
+    give_states,
     load_host,
     opened,
+    speaking,
 )
 from errata.cli.shown import about, described, listed, number, plain, short, table
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from errata.ledger import Ledger
     from errata.types import Case, Example, State
 
+AUTO = "auto"
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method; see 'errata methods'.")]
 
 
@@ -123,7 +126,7 @@ def note_what_is_so(host: "Host", examples: Sequence["Example"], out: Out) -> No
 
 @app.command()
 def build(
-    method: Annotated[str, typer.Option(help="See 'errata methods'.")] = "finetune",
+    method: Annotated[str, typer.Option(help="See 'errata methods'; auto: try several, and say which is best here and why.")] = "finetune",
     epsilon: Annotated[float | None, typer.Option(help="Budget of this build. \\[default: the ledger's]", show_default=False)] = None,
     reference: Reference = None,
     neighbours: Annotated[Path | None, typer.Option(help="Cases (JSONL) whose neighbours must keep their answers.")] = None,
@@ -142,9 +145,12 @@ def build(
     from errata import build as road
     from errata import engine as engines
     from errata import evaluate, gate, methods, text
-    from errata.types import Summed
+    from errata.types import InvalidExample, Summed
 
-    out, made = Out(json=json), methods.make(method, **settings_of(method, set_ or ()))
+    out, auto = Out(json=json), method == AUTO
+    if auto and (set_ or plan or engine != "local"):
+        raise InvalidExample("'auto' tries several methods as they are, here: it takes no --set, --plan or --engine.")
+    made = methods.make("lora" if auto else method, **({} if auto else settings_of(method, set_ or ())))
     engines.check(engine)
     if reference is not None:
         text.read(reference)  # a bad file is reported before the model is loaded
@@ -163,6 +169,9 @@ def build(
         with out.busy(f"Looking at {len(examples)} example(s)"):
             road.check(host, examples)
             note_what_is_so(host, examples, out)
+        if auto:
+            _build_best(ledger, host, examples, out, neighbours, budget=budget, reference=reference, watched=near, seed=seed)
+            return
         if engine != "local" and not isinstance(made, Summed):
             out.note(f"{method} is no sum over its examples, so there is nothing to share: it is built here.")
             engine = "local"
@@ -184,6 +193,40 @@ def build(
         ledger.put_patch(patch, verdict)
     out.emit(*described(patch, verdict))
     gate.require(verdict)
+
+
+def _build_best(ledger: "Ledger", host: "Host", examples: Sequence["Example"], out: Out, cases: Path | None, **how: Any) -> None:
+    """Try what there is, show all of it, and keep the best; of `cases` the other phrasings judge."""
+    from errata import choose, evaluate, gate
+    from errata.types import BudgetError
+
+    known = evaluate.read_cases(cases) if cases is not None else ()
+    found = choose.tried(
+        host,
+        examples,
+        ledger.latest_state,
+        cases=known,
+        busy=lambda name: out.note(f"Trying {name}."),
+        progress=out.progress,
+        **how,
+    )
+    best, why = found[0], choose.reason(found)
+    if best.patch is not None and best.verdict is not None:
+        ledger.put_patch(best.patch, best.verdict)
+    rows, data = [], []
+    for t in found:
+        v, other = t.verdict, f"{t.right} of {t.asked}" if t.asked else "none"
+        cost = "" if v is None else f"{v.increase:+.1e} (95 % < {v.upper:+.1e})"
+        ruled = "passed" if t.passed else "refused" if v is not None else "not made"
+        fixed, size = ("", "") if v is None or t.patch is None else (f"{v.fixed} of {v.wanted}", f"{t.patch.nbytes / 1e6:.2f} MB")
+        rows.append((t.method, ruled, fixed, other, cost, size, f"{t.seconds:.1f} s", t.why))
+        told = {"method": t.method, "ruled": ruled, "right": t.right, "asked": t.asked, "seconds": t.seconds, "why": t.why}
+        data.append(told | {"patch": t.patch and t.patch.id, "verdict": v and v.as_dict()})
+    columns = ("method", "", "examples fixed", "other phrasings", "reference loss", "size", "time", "why not")
+    out.emit({"best": best.method if best.passed else None, "why": why, "tried": data}, table(*columns, rows=rows), why)
+    if best.verdict is None:
+        raise BudgetError(why)
+    gate.require(best.verdict)
 
 
 def kept_sums(ledger: "Ledger", method: str, out: Out) -> "State | None":
@@ -233,26 +276,34 @@ def ask(
     prompts: Annotated[list[str], typer.Argument(help="What the model is to go on with.")],
     patch: PatchId = None,
     patch_file: Annotated[Path | None, typer.Option(help="A patch from a file instead of the ledger.")] = None,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Let the records of the edit memory answer too.")] = True,
+    tag: Annotated[list[str] | None, typer.Option("--tag", help="A tag of the questions; may be given again.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 24,
     at: LedgerAt = LEDGER,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """What the model says before and after, side by side."""
-    from errata import apply, hosts
+    """What the model says before and after, side by side: under the patch, and with what the edit memory holds."""
+    from errata import hosts
+    from errata.types import LedgerError
 
     out = Out(json=json)
     with opened(at) as ledger:
-        worn = chosen_patch(ledger, patch, patch_file)
         host = bound_host(ledger, device, out)
-    before = hosts.greedy(host, prompts, max_new_tokens)
-    with apply.applied(host, worn):
-        after = hosts.greedy(host, prompts, max_new_tokens)
+        before = hosts.greedy(host, prompts, max_new_tokens)
+        for _ in range(5):
+            moment = ledger.moment()
+            with speaking(ledger, host, out, patch, patch_file, memory, tag or ()) as worn:
+                after = hosts.greedy(host, prompts, max_new_tokens)
+            if not ledger.compacted(moment):  # else records had gone into weights between a look at the one and at the other
+                break
+        else:
+            raise LedgerError(f"The ledger {at} was compacted again and again while it was asked. Try again.")
     said = list(zip(prompts, before, after, strict=True))
     rows = [(p, b.strip(), Text(a.strip(), style="" if a == b else "bold green")) for p, b, a in said]
     out.emit(
-        [{"prompt": p, "before": b, "after": a, "patch": worn.id} for p, b, a in said],
-        table("prompt", "before", f"after {short(worn.id)}", rows=rows, even=True),
+        [{"prompt": p, "before": b, "after": a, "patch": worn} for p, b, a in said],
+        table("prompt", "before", f"after {short(worn)}" if worn else "after, from memory", rows=rows, even=True),
     )
 
 
@@ -380,6 +431,7 @@ def judge(
         verdict = ledger.verdict(worn.id)
         learnt = ledger.state(worn.config["state"]) if "state" in worn.config else None
         host = bound_host(ledger, device, out)
+        give_states(ledger, host, worn)
     judged = asked_cases(cases, lab, n, host)
     before = evaluate.baseline(host, judged, judging_text(host, judged, reference, out), progress=out.progress)
     base, edited = evaluate.evaluate(host, None, before), evaluate.evaluate(host, worn, before, state=learnt, progress=out.progress)

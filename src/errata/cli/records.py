@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import RenderableType
 
-from errata.cli.edge import LEDGER, Device, Json, LedgerAt, Out, PatchId, app, bound_host, chosen_patch, opened
+from errata.cli.edge import LEDGER, Device, Json, LedgerAt, Out, PatchId, app, bound_host, chosen_patch, give_states, opened
 from errata.cli.shown import about, described, fate, listed, overview, short, table
 
 if TYPE_CHECKING:
@@ -87,7 +87,9 @@ def verify(
         if not broken:
             shown.append(f"{at} is sound: every hash was derived again.")
         if host and not broken:
-            told["round trip"] = trip = round_trip(bound_host(ledger, device, out), chosen_patch(ledger, patch))
+            worn, model = chosen_patch(ledger, patch), bound_host(ledger, device, out)
+            give_states(ledger, model, worn)
+            told["round trip"] = trip = round_trip(model, worn)
             shown.append(table("weights", "id", rows=trip.items()))
     out.emit(told, *shown)
     if broken:

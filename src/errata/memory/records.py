@@ -78,7 +78,13 @@ def no_record(given: str, rows: Sequence[RecordRow]) -> UnknownName:
     return UnknownName(f"No record's id begins with '{given}'. 'errata memory list' shows those in force.")
 
 
-_ENDED = {"memory retract": "it was retracted", "memory supersede": "another took its place", "memory undo": "it was undone"}
+SETTLED = "memory compact"
+_ENDED = {
+    SETTLED: "it was moved into weights",
+    "memory retract": "it was retracted",
+    "memory supersede": "another took its place",
+    "memory undo": "it was undone",
+}
 
 
 @final
@@ -144,6 +150,26 @@ class Records:
                     raise conflict(others[0].record, before.record)
                 self._begin(before.record, [], before.provenance, "memory add", f"{row.record.id} was undone", before.supersedes)
         return row.supersedes
+
+    def settle(self, ids: Iterable[str], patch: str) -> None:
+        """Take records out of force because a patch says from now on what they said, inside the ledger's `writing`."""
+        for id in ids:
+            (row,) = self._where("record.id = ? AND ended IS NULL", id)
+            self._end(row, SETTLED, patch)
+
+    def unsettle(self, patch: str) -> tuple[str, ...]:
+        """Bring back what `settle` took out for this patch, inside the ledger's `writing`. Returns the ids.
+
+        Raises ConflictError if one of them contradicts what is in force by now.
+        """
+        sql = "e.what = ? AND e.detail = ? ORDER BY record.number"
+        last = {row.record.id: row for row in self._where(sql, SETTLED, patch)}
+        back = [row for row in last.values() if not self._in_force(row.record.id)]
+        for row in back:
+            if others := self._clashing(row.record):
+                raise conflict(others[0].record, row.record)
+            self._begin(row.record, [], row.provenance, "memory add", f"{patch} was undone", row.supersedes)
+        return tuple(row.record.id for row in back)
 
     def bind(self, id: str, name: str) -> None:
         """Say which encoder the memory's vectors come from. Raises LedgerError."""

@@ -6,18 +6,21 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from errata import hosts
+from errata import hosts, text
 from errata.hosts import Host
 from errata.memory import encoder as encoders
 from errata.memory import scope as scopes
-from errata.memory.reader import asked_in
+from errata.memory.reader import asked_in, embedded
 from errata.memory.scope import Lesson, Scope
 from errata.types import Case, Example, InvalidExample, Memory, Patch, Run, ScopeCase, State, UnknownName, WrongBase
 
 GOALS = ("raise", "prefer")  # what an answer can do for an example
 SCOPE = "scope/"  # of a state's tensors
+ASKED = 512  # of the text that holds still, at most, are measured
+SHARE = 0.5  # of the least distance
 
 
 def requests(name: str, host: Host, examples: Sequence[Example]) -> None:
@@ -38,6 +41,15 @@ def memory(host: Host, name: str, config: Mapping[str, Any], examples: tuple[Exa
         **how,
     )
     return Patch(method=name, config=dict(config), parent=host.id, examples=tuple(examples), ops=(op,))
+
+
+def keys(host: Host, examples: Sequence[Example], run: Run) -> tuple[Float[Tensor, "N D"], float]:
+    """(h of each prompt, half of the least distance from one of them to what the text that holds still asks)."""
+    keys_ND = embedded(host, [asked_in(e.prompt) for e in examples])
+    documents = run.hold or text.sampled(host, seed=run.seed)
+    others = embedded(host, [asked_in(d if host.kind == "causal" else d.rpartition("|")[0]) for d in documents[:ASKED]])
+    apart_NN = torch.cdist(keys_ND.double(), others.double())
+    return keys_ND, SHARE * float(apart_NN[apart_NN > 0].min()) if (apart_NN > 0).any() else 0.0
 
 
 def vectors(encoder: encoders.Encoder, examples: Sequence[Example]) -> Tensor:

@@ -15,16 +15,9 @@ File legend: N examples, D width.
 from dataclasses import dataclass
 from typing import final
 
-import torch
-
-from errata import text
 from errata.hosts import Host
-from errata.memory.reader import asked_in, embedded
-from errata.methods._memory import memory, requests
+from errata.methods._memory import keys, memory, requests
 from errata.types import Example, Method, Patch, Run
-
-ASKED = 512  # of the text that holds still, at most, are measured
-SHARE = 0.5  # of the least distance
 
 
 @final
@@ -36,14 +29,6 @@ class Lu(Method):
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         requests("lu", host, examples)
-        keys_ND = embedded(host, [asked_in(e.prompt) for e in examples])
-        bound = self.bound or SHARE * least(host, keys_ND, run)
-        return memory(host, "lu", self.config, examples, keys_ND, gate="distance", voice="stored", bound=bound, nearest=1)
-
-
-def least(host: Host, keys_ND: torch.Tensor, run: Run) -> float:
-    """The least distance from a key to what the text that holds still asks."""
-    documents = run.hold or text.sampled(host, seed=run.seed)
-    others = embedded(host, [asked_in(d if host.kind == "causal" else d.rpartition("|")[0]) for d in documents[:ASKED]])
-    apart_NN = torch.cdist(keys_ND.double(), others.double())
-    return float(apart_NN[apart_NN > 0].min()) if (apart_NN > 0).any() else 0.0
+        keys_ND, bound = keys(host, examples, run)
+        how = {"gate": "distance", "voice": "stored", "bound": self.bound or bound, "nearest": 1}
+        return memory(host, "lu", self.config, examples, keys_ND, **how)

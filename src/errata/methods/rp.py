@@ -2,7 +2,8 @@
 
     i* = argmax_i g(z_i, x);    g(z_i*, x) >= fire:  p_base(y | z_i*, x),    else  p_base(y | x)
 
-RP of Mitchell et al. 2022 (SERAC), arXiv 2206.06520, section 4.1. How well it works is how well the model reads.
+RP of Mitchell et al. 2022 (SERAC), arXiv 2206.06520, section 4.1. How well it works is how well the model reads. Where nothing was
+prepared, what decides is what decides in `lu`: how near a text is to an example in the model's own hidden states.
 """
 
 from collections.abc import Iterable
@@ -47,6 +48,10 @@ class Rp(Method):
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         """A vector for each example. Raises InvalidExample for a goal that no answer reaches, and what `_memory.known` raises."""
         _memory.requests("rp", host, examples)
+        if run.state is None:
+            keys_ND, bound = _memory.keys(host, examples, run)
+            own = {"gate": "distance", "bound": bound, "nearest": self.notes, "notes": self.notes, "template": self.template}
+            return _memory.memory(host, "rp", self.config, examples, keys_ND, voice="note", **own)
         state = _memory.known("rp", host, run)
         found = _memory.vectors(encoders.load(state.config["scope"]["encoder"], str(host.device)), examples)
         how = {"nearest": self.nearest, "notes": self.notes, "template": self.template, "state": state.id}
