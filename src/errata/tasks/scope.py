@@ -419,8 +419,8 @@ def _stated(one: Asked, answer: str) -> str:
 
 
 def counterfact_hard(path: str | Path) -> tuple[Cases, Wrong]:
-    """QA with the hardest outside, EREN's, as in thunlp/EREN@e88cea0: a list of {"edit_statement", "subject_name", "edit_scope": [[question,
-    answer], ...], "unrelated": {"neighbor_subj": [questions], "same_subj": [questions]}}.
+    """QA with the hardest outside, as in thunlp/EREN@e88cea0: {"edit_statement", "subject_name", "edit_scope": [[question, answer], ...],
+    "unrelated": {"neighbor_subj": [questions], "same_subj": [questions]}}.
 
     A statement that ends with its answer is the example; else the first question is. What is called unrelated and yet asks what an edit
     answers is left out (53 of the published 9,132). Its true answers are not read: they do not go with it. Raises InvalidExample.
