@@ -23,6 +23,7 @@ from errata.tasks.scope import (
     alike,
     concerns,
     convsent,
+    counterfact_hard,
     fever,
     implied,
     instead,
@@ -351,6 +352,38 @@ def test_qa_hard_asks_what_follows_and_what_is_near(tmp_path: Path) -> None:
     assert set(kinds) == {"unrelated", "implication", "yes/no"} and nothing_outside_is_inside(cases)
 
 
+DARRIEUX = {
+    "edit_statement": "Danielle Darrieux's mother tongue is English.",
+    "subject_name": "Danielle Darrieux",
+    "edit_scope": [["What is Danielle Darrieux's mother tongue?", "English"], ["What language did she speak?", "English"]],
+    "unrelated": {
+        "neighbor_subj": ["What is Leon Blum's mother tongue?", "Who created Apple A5?"],
+        "same_subj": ["Where did Danielle Darrieux die?", "Where did Danielle Darrieux die?", "what language did she speak"],
+    },
+    "unrelated_true_ans": {"same_subj": ["x"] * 9},
+}
+GOOGLE = {
+    "edit_statement": "Google created the Apple A5.",
+    "subject_name": "Apple A5",
+    "edit_scope": [["Who created the Apple A5?", "Google"]],
+    "unrelated": {"neighbor_subj": ["What language did she speak?"], "same_subj": ["When was the Apple A5 created?"]},
+}
+
+
+def test_counterfact_with_hard_questions(tmp_path: Path) -> None:
+    bad = [GOOGLE | {"edit_scope": []}, GOOGLE | {"unrelated": []}, {}]
+    (one, two), wrong = counterfact_hard(written(tmp_path, [DARRIEUX, GOOGLE, *bad]))
+    assert [str(e).split(" of ")[0] for e in wrong] == ["Record 3", "Record 4", "Record 5"]
+    assert one.example == Example(prompt="Danielle Darrieux's mother tongue is", target=" English", subject="Danielle Darrieux")
+    assert [(q.prompt, q.answer, q.kind) for q in one.inside] == [(q, " English", "rephrase") for q, _ in DARRIEUX["edit_scope"]]
+    assert [(q.prompt, q.kind, q.hard) for q in one.outside] == [
+        ("Where did Danielle Darrieux die?", "subject", True),
+        ("What is Leon Blum's mother tongue?", "relation", True),
+    ], "what another edit is asked in other words is not out of scope"
+    assert two.example == Example(prompt="Who created the Apple A5?", target=" Google", subject="Apple A5")
+    assert [q.kind for q in two.inside] == ["edit"] and [q.prompt for q in two.outside] == ["When was the Apple A5 created?"]
+
+
 # -------------------------------------------------------------------------------------------------------------------------------- claims
 
 STATEMENTS = {
@@ -515,6 +548,16 @@ def test_fever_as_published_has_claims_in_both_halves() -> None:
     assert shared and not {r["edit_statement"] for r in shared} & {q.prompt for c in cases for q in c.outside}
     assert sum(any(q.hard for q in c.outside) for c in cases) > 150
     assert len(together(cases, 450)) == 450
+
+
+@pytest.mark.data
+def test_counterfact_hard_as_published_asks_of_edits_what_should_be_unrelated() -> None:
+    path = real("data", "eren") / "counterfact_hard.json"
+    cases, wrong = counterfact_hard(path)
+    assert (len(cases), len(wrong)) == (506, 6) and nothing_outside_is_inside(cases)
+    given = sum(len(set(q)) for r in json.loads(path.read_text()) for q in r["unrelated"].values())
+    assert 0.9 * given < sum(len(c.outside) for c in cases) < given
+    assert {(q.kind, q.hard) for c in cases for q in c.outside} == {("subject", True), ("relation", True)}
 
 
 def test_the_words_of_the_paper() -> None:

@@ -11,7 +11,8 @@ that are edits and those from which the outside is drawn are not the same ones, 
   * what an answer is replaced by stands for whole words only: "no" is not replaced inside "north";
   * a false yes/no question names another alternative or, where the record has none, the old answer; there all are then true;
   * an outside prompt has its own reply behind it, where theirs has the sentiment of the memory's text.
-A bad record is named by file and number; the others are kept. The lab has the same four: `lab/scope.py`.
+Beside them stand EREN's questions and claims (arXiv 2403.17431): `counterfact_hard`, `fever`. A bad record is named by file and number; the
+others are kept. The lab has the same four tasks: `lab/scope.py`.
 
 File legend: N sentences or queries, M others, D width, V words.
 """
@@ -41,6 +42,7 @@ OUTSIDE = 4  # queries out of scope that each edit gets of a kind
 ALIKE = 0.7  # of the words of two texts together: where nobody says what they are about, they are then taken for the same
 YES_NO = ("True or False: ", "True/False: ", "T/F: ", "Answer True or False: ")
 FIRST, LAST, TEMPERATURE = 26, 100, 0.1  # hard negatives are the neighbours of these ranks; the ones before may be rephrasings
+SHORT = 5  # words of an answer that may stand in another's place; longer ones are half a sentence
 LONG = 10  # words of evidence; shorter ones are left out
 VIEWS = ("opinion of", "stance on", "position on", "attitude about", "view on", "take on", "impression of", "assessment of",
          "judgment of", "sentiment of")  # fmt: skip
@@ -216,8 +218,8 @@ def read_questions(
         {"question", "answer", "implications": [[question, answer, type], ...]}                    qa_consistency@3d901dd
 
     `implications` is a JSON list with the triples of each record of the file, `statements` a text file with a line for each. The third
-    layout has no alternatives: they are the answers of other questions that begin with the same words. Questions with "sex" or "gender" in
-    them are left out, as there. Raises InvalidExample if nothing is left.
+    layout has no alternatives: they are short answers to other questions that begin with the same words. As there, questions with "sex" or
+    "gender" in them are left out. Raises InvalidExample if nothing is left.
     """
     triples = _json(implications, "file of implications") if implications else []
     if not isinstance(triples, list):
@@ -285,11 +287,11 @@ def _triples(raw: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
 
 
 def _with_alternatives(found: Sequence[Asked]) -> list[Asked]:
-    """Who has no alternatives gets two answers of those who ask with the same two first words, or else with the same first word."""
+    """Who has no alternatives gets two short answers of those who ask with the same two first words, or else with the same first word."""
     answers: dict[str, list[str]] = defaultdict(list)
     for one in found:
         for beginning in _beginnings(one.question):
-            answers[beginning].append(one.old)
+            answers[beginning] += [one.old] if len(one.old.split()) <= SHORT else []
     known = {beginning: tuple(dict.fromkeys(said)) for beginning, said in answers.items()}
 
     def drawn(one: Asked) -> tuple[str, ...]:
@@ -414,6 +416,50 @@ def prefixed(rng: random.Random, statement: str) -> str:
 def _stated(one: Asked, answer: str) -> str:
     """The record's sentence with this answer, "" if it does not name the old one; where it has none, its question is quoted."""
     return (instead(one.statement, one.old, answer) or "") if one.statement else f'The answer to "{one.question}" is {answer}.'
+
+
+def counterfact_hard(path: str | Path) -> tuple[Cases, Wrong]:
+    """QA with the hardest outside, as in thunlp/EREN@e88cea0: {"edit_statement", "subject_name", "edit_scope": [[question, answer], ...],
+    "unrelated": {"neighbor_subj": [questions], "same_subj": [questions]}}.
+
+    A statement that ends with its answer is the example; else the first question is. What is called unrelated and yet asks what an edit
+    answers is left out (53 of the published 9,132). Its true answers are not read: they do not go with it. Raises InvalidExample.
+    """
+    cases, wrong = sound(records(path), _counterfact_case)
+    if not cases:
+        raise wrong[0]
+    within = {folded(p) for c in cases for p in c.prompts}
+    # whether a question of the subject is the edit's own is told by the data; the words of two such questions are much the same
+    met = iter(concerns([replace(q, about="") for c in cases for q in c.outside], cases))
+    own = [[(q, next(met) - {i}) for q in c.outside] for i, c in enumerate(cases)]
+    free = (tuple(q for q, others in found if not others and folded(q.prompt) not in within) for found in own)
+    return tuple(replace(c, outside=outside) for c, outside in zip(cases, free, strict=True)), tuple(wrong)
+
+
+def _counterfact_case(where: str, record: Any) -> ScopeCase:
+    raw = table(record)
+    statement, subject = asked(raw, "edit_statement").rstrip(". "), asked(raw, "subject_name")
+    scope, unrelated = raw.get("edit_scope"), raw.get("unrelated")
+    if not isinstance(scope, list) or not scope or not all(isinstance(pair, list) and len(pair) == 2 for pair in scope):
+        raise InvalidExample("'edit_scope' is a list of [question, answer] that is not empty.")
+    if not isinstance(unrelated, dict):
+        raise InvalidExample("'unrelated' holds the questions out of scope.")
+    pairs = [(asked({"question": q}, "question"), asked({"answer": a}, "answer")) for q, a in scope]
+    prompt, answer = pairs[0]
+    if statement.endswith(f" {answer}"):
+        prompt = statement.removesuffix(f" {answer}")
+    within = {folded(q) for q, _ in pairs}
+    rings = (("subject", "same_subj"), ("relation", "neighbor_subj"))
+    outside = {q: ring for ring, key in rings for q in texts(unrelated, key) if folded(q) not in within}
+    return ScopeCase(
+        example=Example(prompt=prompt, target=f" {answer}", subject=spoken_of({"subject": subject}, prompt)),
+        inside=tuple(
+            Query(prompt=q, answer=f" {a}", kind="edit" if q == prompt else "rephrase", about=subject) for q, a in dict(pairs).items()
+        ),
+        outside=tuple(Query(prompt=q, kind=ring, hard=True, about=subject if ring == "subject" else "") for q, ring in outside.items()),
+        about=subject,
+        source=where,
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------------------------- claims
