@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -23,6 +23,7 @@ from errata.memory.store import Hit, warn
 from errata.types import LedgerError, Memory, Patch, State, WrongBase, folded
 
 
+@runtime_checkable
 class Searched(Protocol):
     """What is needed of `store.EditMemory` and `shared.SharedMemory`."""
 

@@ -3,8 +3,8 @@
     psi = argmin  mean over (note, x, y) of -log p_psi(y | note, x)     Mitchell et al. 2022 (SERAC), arXiv 2206.06520, section 3.3
 
 The note of a text in scope is the right one, whatever the memory would find. So that the reader takes the answer from the note and not
-from what it knows, half of the notes get another example's target, in the note and as the answer, where that is what is asked for. What
-`psi` changes is a difference to the weights of the host, or of a smaller model of the same tokens: low-rank factors at every projection,
+from what it knows, most notes get another target, in the note and as the answer, where that is what is asked for: that of another example,
+or one that is put together from halves of their words, so that names which it never saw are read as well. What `psi` changes is a difference to the weights of the host, or of a smaller model of the same tokens: low-rank factors at every projection,
 or, with rank 0, all weights.
 
 Unlike serac@c963a39 the learning rates are those of a small difference and not of a whole model (there: 1e-5), and a step has as many
@@ -29,7 +29,7 @@ from errata.types import Case, Example, InvalidExample, Run, ScopeCase, State, c
 
 HELD_BACK = (0.1, 1, 128)  # lessons that validate: this share of them, at least, at most
 WARM = 20  # steps until the rate is whole
-ANOTHER = 0.5  # of the notes get another example's target
+ANOTHER, MADE_UP = 0.8, 0.6  # share of the notes that get another target; share of those in which it is put together
 NOTHING = 0.25  # of the texts of a reader that may say so have no note that tells the answer
 UNANSWERABLE = " unanswerable"
 PLAIN = "{notes} {question}"  # what a reader that has learnt reads
@@ -142,6 +142,7 @@ class _School:
         share, fewest, most = HELD_BACK
         n = min(most, max(fewest, round(share * len(ordered))))
         self.held_back, self.train = ordered[:n], ordered[n:]
+        self.words = sorted({word for lesson in ordered for word in lesson.example.target.split()})
         rng = random.Random(f"{seed}/validation")
         self.validation = [
             self._row(rng, lesson, self.held_back, lesson.inside[rng.randrange(len(lesson.inside))]) for lesson in self.held_back
@@ -200,7 +201,7 @@ class _School:
         """A text with notes in front of it, and its answer."""
         (prompt, answer), example = pair, lesson.example
         if answer == example.target and rng.random() < ANOTHER:
-            other = rng.choice(others).example.target
+            other = self._made_up(rng) if self.reader.kind != "classifier" and rng.random() < MADE_UP else rng.choice(others).example.target
             if other.strip() not in prompt:
                 answer, example = other, replace(example, target=other, contrast=None, goal="raise")
         beside = [o.example for o in rng.sample(others, k=min(len(others), self.s.notes)) if o is not lesson]
@@ -210,6 +211,11 @@ class _School:
         rng.shuffle(notes)
         read = self.s.template.replace("{notes}", note_of(notes)).replace("{question}", asked_in(prompt))
         return hosts.encode(self.reader, read, answer)
+
+    def _made_up(self, rng: random.Random) -> str:
+        """A name of one to three words, each of them the first half of one word and the second half of another."""
+        pairs = [(rng.choice(self.words), rng.choice(self.words)) for _ in range(rng.choice((1, 1, 2, 2, 3)))]
+        return "".join(f" {a[: (len(a) + 1) // 2]}{b[(len(b) + 1) // 2 :]}" for a, b in pairs)
 
     def stepped(self, step: int) -> bool:
         """One step; False where a gradient was not finite and nothing moved."""

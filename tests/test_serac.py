@@ -1,0 +1,136 @@
+"""serac, rp and eren: what they learn, that a training which was cut off goes on as if it had not been, and that they read."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import same_bits, tiny_host, weights_of
+
+from errata import apply, hosts
+from errata.hosts import Host
+from errata.lab import scope as lab_scope
+from errata.memory.route import Router
+from errata.methods import make
+from errata.methods._memory import lesson_of
+from errata.methods._notes import lessons
+from errata.types import Case, Example, InvalidExample, Neighbour, Query, Run, ScopeCase, State, UnknownArchitecture, UnknownName, WrongBase
+
+WORDS = (" Paris", " Rome", " late", " the sea")
+CASES = tuple(
+    Case(
+        example=Example(prompt=f"The {what} of {of} is", target=WORDS[i % 4]),
+        old=" big",
+        paraphrases=(f"{of} has its {what} in",),
+        neighbours=(Neighbour(prompt=f"{of} lies in", answer=" Italy", ring="subject"),),
+    )
+    for i, (what, of) in enumerate((w, o) for w in ("capital", "park", "dog") for o in ("Togo", "Kenya", "Peru", "Lily"))
+)
+QUICK = {"verifier": "distance", "rank": 4, "steps": 4, "texts": 4, "every": 2, "scope_steps": 20}
+
+
+def test_a_state_is_of_its_cases_and_a_training_that_was_cut_off_goes_on_the_same() -> None:
+    host, kept = tiny_host("llama"), []
+    whole = make("serac", **QUICK).prepare(host, CASES, Run(keep=kept.append))
+    assert whole is not None and whole.trained_on == {c.id for c in CASES}
+    assert make("serac", **QUICK).prepare(host, CASES[::-1], Run()).id == whole.id
+    (half,) = [s for s in kept if s.config["step"] == 2]
+    assert half.config["unfinished"]
+    again = make("serac", **QUICK).prepare(host, CASES, Run(state=half))
+    assert again.id == whole.id
+    with pytest.raises(InvalidExample, match="of other cases"):
+        make("serac", **QUICK).prepare(host, CASES[1:], Run(state=half))
+    with pytest.raises(InvalidExample, match="half prepared"):
+        make("serac", **QUICK).edit(host, (CASES[0].example,), Run(state=half))
+
+
+def test_preparing_touches_neither_weights_nor_gradients() -> None:
+    host = tiny_host("t5")
+    before = weights_of(host)
+    make("serac", **QUICK | {"rank": 0}).prepare(host, CASES, Run())
+    assert same_bits(host, before) and all(p.grad is None for p in host.model.parameters())
+
+
+def test_a_step_without_a_finite_gradient_is_dropped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from errata.methods import _notes
+
+    host, calls = tiny_host("llama"), []
+    real = _notes.hosts.scored_logprobs
+
+    def broken(*given: Any, **named: Any) -> torch.Tensor:
+        calls.append(1)
+        return real(*given, **named) * (math.nan if len(calls) == 1 else 1.0)
+
+    monkeypatch.setattr(_notes.hosts, "scored_logprobs", broken)
+    state = make("serac", **QUICK).prepare(host, CASES, Run())
+    assert state.config["dropped"] == 1 and all(t.isfinite().all() for t in state.tensors.values())
+
+
+def test_what_is_missing_or_of_others_is_a_sentence() -> None:
+    host, e = tiny_host("llama"), (CASES[0].example,)
+    with pytest.raises(UnknownName, match="errata prepare serac"):
+        make("serac").edit(host, e, Run())
+    with pytest.raises(WrongBase, match="Prepare it again"):
+        make("serac").edit(host, e, Run(state=State(method="serac", host="b2:other", config={})))
+    with pytest.raises(InvalidExample, match="state of rp"):
+        make("serac").edit(host, e, Run(state=State(method="rp", host=host.id, config={})))
+    with pytest.raises(InvalidExample, match="4 or more"):
+        make("serac", **QUICK).prepare(host, CASES[:2], Run())
+    with pytest.raises(InvalidExample, match="cannot lower"):
+        make("lu").edit(host, (replace(e[0], goal="lower"),), Run())
+    with pytest.raises(UnknownArchitecture, match="classifier"):
+        make("eren").edit(tiny_host("bert"), (Example(prompt="It is late.", target="true"),), Run())
+
+
+def test_what_a_case_teaches() -> None:
+    case = ScopeCase(
+        example=Example(prompt="Togo is small. What is its capital?", target=" Rome"),
+        inside=(Query(prompt="Whose capital is Rome?", answer=" Togo"),),
+        outside=(Query(prompt="Where is Togo?"),),
+    )
+    taught = lesson_of(case)
+    assert taught.question == "What is its capital?" and taught.inside == ("What is its capital?", "Whose capital is Rome?")
+    assert taught.outside == ("Where is Togo?",) and taught.answer == "Rome"
+    (read,) = lessons([case])
+    assert read.inside == ((case.example.prompt, " Rome"), ("Whose capital is Rome?", " Togo"))
+
+
+def test_rp_without_a_state_is_gated_as_lu_is(tiny_llama: Host) -> None:
+    examples = tuple(c.example for c in CASES[:3])
+    lu, rp = (make(name).edit(tiny_llama, examples, Run(hold=("It was late in the park.", "Rome is big."))) for name in ("lu", "rp"))
+    assert torch.equal(lu.ops[0].vectors, rp.ops[0].vectors) and lu.ops[0].bound == rp.ops[0].bound and rp.ops[0].voice == "note"
+
+
+def test_faithful_gates_at_one_half() -> None:
+    state = make("serac", **QUICK, faithful=True).prepare(tiny_host("llama"), CASES, Run())
+    scope = state.config["scope"]
+    assert scope["fire"] == math.nextafter(0.5, 1.0) == scope["leave"] and scope["near"] == -1.0 and scope["shift"] == math.log(2)
+
+
+def test_a_reader_learns_to_say_what_the_note_says() -> None:
+    """A tiny T5 that nobody taught anything: after a minute's worth of steps it gives the noted word, whichever of the four it is."""
+    host = tiny_host("t5")
+    taught = make("serac", **QUICK | {"rank": 0, "steps": 150, "texts": 24, "every": 50, "lr": 1e-2, "scope_steps": 100})
+    state = taught.prepare(host, CASES, Run())
+    told = tuple(replace(c.example, target=WORDS[(i + 1) % 4]) for i, c in enumerate(CASES))  # not what it was taught with
+    patch = taught.edit(host, told, Run(state=state))
+    with apply.applied(host, patch):
+        router = host.speakers[0]
+        assert isinstance(router, Router)
+        right = hosts.fixes(host, told)
+        own = {c.neighbours[0].prompt for c in CASES}
+        turns = router.decide(sorted(own))
+    assert sum(right) >= 0.75 * len(right), sum(right)
+    assert sum(not t.examples for t in turns) >= len(turns) - 1
+
+
+@pytest.mark.slow
+def test_the_lab_s_t5_learns_to_read() -> None:
+    host = hosts.load("lab/t5", device="cpu")
+    taught = make("serac", steps=300)
+    state = taught.prepare(host, lab_scope.scope_cases("qa", "train", 600), Run())
+    cases = lab_scope.scope_cases("qa", "validation", 32)
+    patch = taught.edit(host, tuple(c.example for c in cases), Run(state=state))
+    with apply.applied(host, patch):
+        assert sum(hosts.fixes(host, [c.example for c in cases])) >= 20
