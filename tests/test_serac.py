@@ -10,7 +10,6 @@ from conftest import same_bits, tiny_host, weights_of
 
 from errata import apply, hosts
 from errata.hosts import Host
-from errata.lab import scope as lab_scope
 from errata.memory.route import Router
 from errata.methods import make
 from errata.methods._memory import lesson_of
@@ -123,14 +122,3 @@ def test_a_reader_learns_to_say_what_the_note_says() -> None:
         turns = router.decide(sorted(own))
     assert sum(right) >= 0.75 * len(right), sum(right)
     assert sum(not t.examples for t in turns) >= len(turns) - 1
-
-
-@pytest.mark.slow
-def test_the_lab_s_t5_learns_to_read() -> None:
-    host = hosts.load("lab/t5", device="cpu")
-    taught = make("serac", steps=300)
-    state = taught.prepare(host, lab_scope.scope_cases("qa", "train", 600), Run())
-    cases = lab_scope.scope_cases("qa", "validation", 32)
-    patch = taught.edit(host, tuple(c.example for c in cases), Run(state=state))
-    with apply.applied(host, patch):
-        assert sum(hosts.fixes(host, [c.example for c in cases])) >= 20
