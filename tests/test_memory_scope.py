@@ -135,7 +135,7 @@ def test_between_leave_and_fire_it_is_unsure(trained: Scope) -> None:
         (chance, chance, "in"),
     ):
         assert replace(trained, leave=leave, fire=fire).judge([query], [some])[0][0].ruling == ruling
-    assert trained.leave <= trained.fire >= 0.5
+    assert 0 <= trained.leave <= trained.fire <= 1
 
 
 def test_no_more_than_the_bound_fires_of_fresh_queries_that_concern_nothing() -> None:
@@ -319,7 +319,7 @@ def test_cross_learns_loads_again_and_leaves_the_words_alone(tmp_path: Path) -> 
     folder = str(backbone(tmp_path / "a"))
     lessons = [replace(lesson(i), outside=(f"Tell me a story of {name(i)}.", f"Once upon a time in {name(i)}")) for i in range(24)]
     before = torch.random.get_rng_state()
-    scope = train(lessons, Hashed(), verifier="cross", backbone=folder, steps=60, batch_size=16, rate=1e-2)
+    scope = train(lessons, Hashed(), verifier="cross", backbone=folder, steps=40, batch_size=12, rate=1e-2)
     assert torch.equal(before, torch.random.get_rng_state())
     config, tensors = scope.parts()
     assert json.loads(json.dumps(config)) == config and config["verifier"] == "cross"

@@ -395,6 +395,11 @@ def _scores(verifier: Verifier, pairs: Sequence[Pair], encoder: Encoder, batch_s
     return out
 
 
+def _log_odds(chance: float) -> float:
+    chance = min(max(chance, 1e-9), 1 - 1e-9)
+    return math.log(chance / (1 - chance))
+
+
 def _sigmoid(x: Chances) -> Chances:
     out: Chances = np.exp(-np.logaddexp(0.0, -x))
     return out
@@ -552,8 +557,9 @@ def train(
     begin        a scope of the same kind whose verifier is trained on
     steps        of the descent, each over `batch_size` pairs
     held         share of the lessons that is held back, for calibration and the bound
-    false_fires  the bound on queries that concern no record; with too few of them held back to say so, none of those fires, and
-                 `Scope.false_fires` is what can be said
+    false_fires  the bound on queries that concern no record, for `fire`; with too few of them held back to say so, none of those fires, and
+                 `Scope.false_fires` is what can be said. `leave` lies where so few of the pairs in scope lie below it. Where that is above
+                 what the bound asks for, the two meet in the middle
 
     Raises InvalidExample if there are too few lessons, or none that says anything; UnknownName, MissingExtra.
     """
@@ -644,13 +650,16 @@ def _calibrated(
     chances_P = _sigmoid(slope * scores_P + shift)
     fired = np.array([chances_P[numbers].max(initial=0.0) for numbers in stray])
     certain, bound = above(fired, false_fires)
-    fire = max(0.5, certain)
-    leave = min(fire, -above(-chances_P[concerned_P], false_fires)[0]) if concerned_P.any() else fire
+    enough = -above(-chances_P[concerned_P], false_fires)[0]  # all but so many of the pairs in scope lie above it
+    if certain > enough:
+        fire, leave = certain, enough
+    else:  # the two come apart: between them, in log odds, both are kept with room to spare
+        fire = leave = float(_sigmoid(np.array([0.5 * (_log_odds(certain) + _log_odds(enough))]))[0])
     return Scope(
         encoder=encoder,
         near=near,
         fire=fire,
-        leave=max(0.0, leave),
+        leave=leave,
         verifier=verifier.eval(),
         slope=slope,
         shift=shift,
