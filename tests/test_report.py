@@ -36,6 +36,7 @@ from errata.report import (
     number,
     power,
     rate,
+    reliability_chart,
     ring_chart,
     senses_panels,
     size,
@@ -284,6 +285,21 @@ def test_the_number_of_facts_is_a_power_of_two_and_each_method_is_named_at_its_e
     assert (
         "1,024" in chart.text and "malmen, 16 facts: 80.0 % of unseen text right" in chart.text and "mend, 16 facts: 20.0 %" in chart.text
     )
+
+
+def test_chances_stand_against_how_often_it_was_so() -> None:
+    chances = [0.05] * 40 + [0.95] * 60
+    chart = Page(str(reliability_chart(chances, [i < 2 for i in range(40)] + [i < 30 for i in range(60)], fire=0.9, leave=0.2)))
+    (x0, y0), (x1, y1) = [(float(c["cx"] or 0), float(c["cy"] or 0)) for c in chart.all("circle", "mark")]
+    [diagonal] = chart.all("line", "base")
+    slope = (float(diagonal["y2"] or 0) - float(diagonal["y1"] or 0)) / (float(diagonal["x2"] or 0) - float(diagonal["x1"] or 0))
+    assert y0 == pytest.approx(float(diagonal["y1"] or 0) + slope * (x0 - float(diagonal["x1"] or 0)), abs=0.1)  # 5 % said, 5 % so
+    assert y1 > y0 + slope * (x1 - x0) + 20  # 95 % said, half of them so
+    assert len(chart.all("line", "limit")) == 2 and len(chart.all("rect", "promoted")) == 2
+    assert "expected calibration error 0.270; 5.0 % said, 5.0 % of 40 so; 95.0 % said, 50.0 % of 60 so" in chart.text
+    assert "fires from 90.0 %" in chart.text and not Page(str(reliability_chart([1.0], [True]))).all("line", "limit")
+    with pytest.raises(InvalidExample, match="got 0 and 0"):
+        reliability_chart([], [])
 
 
 def test_labels_are_lines_of_their_own_and_refused_patches_are_hollow() -> None:

@@ -595,6 +595,51 @@ def facts_chart(curves: Mapping[str, Sequence[tuple[int, Scores]]]) -> Markup:
     return _picture(760, 360, "Success against the number of facts", description, parts)
 
 
+def reliability_chart(chances: Sequence[float], concerned: Sequence[bool], fire: float | None = None, leave: float | None = None) -> Markup:
+    """How often a record concerned the query where its chance was in a tenth (with Wilson bars), against that chance: calibrated ones lie
+    on the dotted line. Under it how many there were of each, as the root of their share. `fire` and `leave` are drawn where they are given.
+
+    Raises InvalidExample if there is no chance, or they are not as many as what they are of.
+    """
+    if not chances or len(chances) != len(concerned):
+        raise InvalidExample(f"A picture of chances needs as many outcomes as chances, got {len(chances)} and {len(concerned)}.")
+    from scipy.stats import binomtest  # a second to import
+
+    plane = _Plane(low=0.0, high=1.0, bottom=286.0)
+    parts = list(_axes(plane, "chance that the record concerns the query"))
+    for percent in range(0, 101, 10):
+        x = plane.x(percent / 100)
+        parts.append(_line(x, plane.bottom, x, plane.bottom + 5, "axis"))
+        parts.append(_label(f"{percent} %", x, plane.bottom + 21, text_anchor="middle", class_="muted"))
+    parts.append(_line(plane.x(0.0), plane.y(0.0), plane.x(1.0), plane.y(1.0), "base"))
+    for name, at, anchor, shift in (("unsure from", leave, "end", -5), ("fires from", fire, "start", 5)):
+        if at is not None:
+            x = plane.x(min(1.0, at))
+            anchor, shift = ("end", -5) if x > plane.right - 110 else ("start", 5) if x < plane.left + 110 else (anchor, shift)
+            y = plane.top + (12 if name == "fires from" else 28)
+            parts += [_line(x, plane.top, x, plane.bottom, "limit"), _label(f"{name} {rate(at)}", x + shift, y, text_anchor=anchor)]
+    tenths: dict[int, list[tuple[float, bool]]] = {}
+    for chance, ok in sorted(zip(chances, concerned, strict=True)):
+        tenths.setdefault(min(9, int(10 * chance)), []).append((chance, ok))
+    told, off = [], 0.0
+    for tenth, some in tenths.items():
+        mean, right = sum(chance for chance, _ in some) / len(some), sum(ok for _, ok in some)
+        interval = binomtest(right, len(some)).proportion_ci(confidence_level=0.95, method="wilson")
+        x, share = plane.x(mean), right / len(some)
+        depth = max(1.0, 34 * math.sqrt(len(some) / len(chances)))
+        left, width = plane.x(tenth / 10) + 2, plane.x(0.1) - plane.x(0.0) - 4
+        parts.append(_tag("rect", x=left, y=plane.bottom + 86 - depth, width=width, height=depth, class_="promoted mark s0"))
+        parts.append(_label(f"{len(some):,}", left + width / 2, plane.bottom + 102, text_anchor="middle", class_="muted"))
+        ends = (float(interval.low), float(interval.high))
+        parts.append(_line(x, plane.y(ends[0]), x, plane.y(ends[1]), "bar s0"))
+        parts += (_line(x - 3, plane.y(end), x + 3, plane.y(end), "bar s0") for end in ends)
+        parts.append(_marker(0, x, plane.y(share), hollow=False))
+        off += abs(right - mean * len(some)) / len(chances)
+        told.append(f"{rate(mean)} said, {rate(share)} of {len(some)} so")
+    description = f"expected calibration error {off:.3f}; " + "; ".join(told)
+    return _picture(760, 400, "Chances against what was so", description, parts)
+
+
 def _axes(plane: _Plane, label: str) -> Iterator[Markup]:
     for percent in range(0, 101, 25):
         y = plane.y(percent / 100)

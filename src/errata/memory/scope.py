@@ -4,15 +4,20 @@ The index proposes the nearest records (`Candidate`), a verifier looks at each o
 and a ruling: in, out, or unsure, where the base model answers. Two verifiers, both of SERAC (Mitchell et al. 2022, arXiv 2206.06520,
 section 3.2), g(z, x) for a record z and a query x:
 
-    distance   log g = -s ||P e(z) - P e(x)||^2     e: the memory's encoder as it is, or a finetuned copy of one; P and s are learned
-    cross      logit g = w . T(z, answer of z, x)   one transformer reads all three and is finetuned, but for its embedding of words
+    distance   log g = -s ||P (e(z) - e(x))||^2 - s' ||P' (e(z' a) - e(x'))||^2   e: the memory's encoder, or a finetuned copy of one
+    cross      logit g = w . T(z', a, x')                                         one transformer reads all three, a being z's answer
 
-Both are trained with the balanced loss of serac@c963a39, mean of -log g over pairs in scope + mean of -log (1 - g) over pairs out of scope.
-Unlike there,
+z' and x' are the two with X in the place of the longest name that they share (`unnamed`): what is asked of it is then compared without it,
+and a relation that was learnt with one name is known with another; a name that they do not share stays, and tells them apart. (SERAC has
+neither the second distance nor the X.) P, P', s and s' are learned; at the beginning both distances are SERAC's, with half of its weight.
+
+Both verifiers are trained with the balanced loss of serac@c963a39, mean of -log g over pairs in scope + mean of -log (1 - g) over pairs out
+of scope. Unlike there,
 * pairs out of scope are not only a record with its own out-of-scope queries: half of them are a query with a record of the whole memory
   that is near to it and does not concern it, drawn by exp(cosine / .1) as its QA-hard draws queries. What the memory says is never a pair
   out of scope where any wording of the two records is the same;
-* s is learned (there: 1), and the answer is no part of what a distance is measured from;
+* the first distance is between the questions alone, as the index has them; the answer is read beside z', for "X plays" asks for an
+  instrument, a position or a kind of music, and the answer says which;
 * a probability is not g itself but what lessons that were held back say of it (Platt 1999), over the candidates that an index gives;
 * what fires is bounded: of queries that concern no record, counted over the whole memory, at most `false_fires` with 95 % confidence
   (Clopper & Pearson 1934). That takes queries as drawn on their own; those of one lesson resemble each other.
@@ -21,6 +26,7 @@ Nothing here finds a record (see `index.py`, `store.py`) or answers a query.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, final
@@ -104,6 +110,54 @@ class Pair(NamedTuple):
     query: str
 
 
+# ------------------------------------------------------------------------------------------------------------------------------ names
+
+WORD = re.compile(r"\w+(?:[-.&]\w+)*")
+FUNCTION_WORDS = frozenset(
+    "a about after an and are as at be been by can could did do does for from had has have he her his how i if in is it its of on or she "
+    "that the their they this to was were what when where which who whom whose why will with would you your".split()
+)
+
+
+def unnamed(question: str, query: str) -> tuple[str, str]:
+    """Both texts with X in the place of the longest name that they share; as they are if they share none.
+
+    A name is a run of words that begins and ends with a capital, a digit or a letter that has no case; at the beginning of a text a
+    capital says nothing of a function word.
+    """
+    a, b = list(WORD.finditer(question)), list(WORD.finditer(query))
+    at: dict[str, list[int]] = {}
+    for j, word in enumerate(b):
+        at.setdefault(word[0].lower(), []).append(j)
+    longest, ends = (0, 0), (0, 0)
+    above: dict[int, int] = {}  # words that are shared up to the word before of the question and this one of the query
+    for i, word in enumerate(a):
+        here: dict[int, int] = {}
+        for j in at.get(word[0].lower(), ()):
+            here[j] = above.get(j - 1, 0) + 1
+            if not _is_name(a, i, b, j):
+                continue
+            named = [k for k in range(here[j]) if _is_name(a, i - k, b, j - k)]
+            if (size := (len(named), named[-1] + 1)) > longest:
+                longest, ends = size, (i, j)
+        above = here
+    if not longest[1]:
+        return question, query
+    (i, j), back = ends, longest[1] - 1
+    return (
+        f"{question[: a[i - back].start()]}X{question[a[i].end() :]}",
+        f"{query[: b[j - back].start()]}X{query[b[j].end() :]}",
+    )
+
+
+def _is_name(a: Sequence[re.Match[str]], i: int, b: Sequence[re.Match[str]], j: int) -> bool:
+    """Whether a word that both texts have is written as one in both."""
+    first, second = a[i][0], b[j][0]
+    if first[0].islower() or second[0].islower():
+        return False
+    return (i > 0 and j > 0) or first.lower() not in FUNCTION_WORDS
+
+
 # -------------------------------------------------------------------------------------------------------------------------- the verifiers
 
 
@@ -115,18 +169,21 @@ class Distance(nn.Module):
 
     def __init__(self, width: int, backbone: Pooled | None) -> None:
         super().__init__()
-        self.change = nn.Parameter(torch.zeros(width, width))  # P - 1: what decays is the change
-        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.changes = nn.Parameter(torch.zeros(2, width, width))  # P - 1 and P' - 1: what decays is the change
+        self.log_scales = nn.Parameter(torch.full((2,), math.log(0.5)))
         self.backbone = backbone
         self.transformer = None if backbone is None else backbone.model
 
     def forward(self, pairs: Sequence[Pair], encoder: Encoder) -> Float[Tensor, "P"]:
-        texts = list(dict.fromkeys([text for pair in pairs for text in (pair.question, pair.query)]))
+        bare = [(f"{z} {pair.answer}".strip(), x) for pair in pairs for z, x in [unnamed(pair.question, pair.query)]]
+        texts = list(dict.fromkeys([text for pair, two in zip(pairs, bare, strict=True) for text in (pair.question, pair.query, *two)]))
         place = {text: i for i, text in enumerate(texts)}
         vectors_ND = self._vectors(texts, encoder)
-        z_P, x_P = [place[pair.question] for pair in pairs], [place[pair.query] for pair in pairs]
-        apart_PD = vectors_ND[z_P] - vectors_ND[x_P]
-        return -self.log_scale.exp() * (apart_PD + apart_PD @ self.change.T).square().sum(1)
+        z_2P = torch.tensor([[place[pair.question] for pair in pairs], [place[z] for z, _ in bare]])
+        x_2P = torch.tensor([[place[pair.query] for pair in pairs], [place[x] for _, x in bare]])
+        apart_2PD = vectors_ND[z_2P] - vectors_ND[x_2P]
+        squares_2P = (apart_2PD + apart_2PD @ self.changes.mT).square().sum(2)
+        return -(self.log_scales.exp() @ squares_2P)
 
     def losses(self, scores_P: Float[Tensor, "P"]) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
         """-log g and -log (1 - g); 1 - g is floored, for a query in the words of the record has g = 1."""
@@ -137,7 +194,7 @@ class Distance(nn.Module):
         return len(pair.question) + len(pair.query)
 
     def _vectors(self, texts: Sequence[str], encoder: Encoder) -> Float[Tensor, "N D"]:
-        device = self.change.device
+        device = self.changes.device
         if self.backbone is None:
             return torch.from_numpy(encoder.encode(texts)).to(device)
         encoded = self.backbone.tokenizer(list(texts), truncation=True, max_length=self.backbone.window, padding=True, return_tensors="pt")
@@ -188,7 +245,9 @@ class Cross(nn.Module):
         behind = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
         front = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else behind
         apart = [] if behind is None else [behind]
-        parts = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in pair]
+        question, query = unnamed(pair.question, pair.query)
+        texts = (question, pair.answer, query)
+        parts = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
         record = ([] if front is None else [front]) + parts[0] + apart + (parts[1] + apart if parts[1] else [])
         room = (self.backbone.window or 512) - len(record) - len(apart)
         if room < 8:
@@ -336,6 +395,11 @@ def _scores(verifier: Verifier, pairs: Sequence[Pair], encoder: Encoder, batch_s
     return out
 
 
+def _log_odds(chance: float) -> float:
+    chance = min(max(chance, 1e-9), 1 - 1e-9)
+    return math.log(chance / (1 - chance))
+
+
 def _sigmoid(x: Chances) -> Chances:
     out: Chances = np.exp(-np.logaddexp(0.0, -x))
     return out
@@ -452,7 +516,7 @@ class Drawn:
 
 
 @final
-class _Remembering:
+class Remembering:
     """An encoder that makes the vector of a text once: training asks for the same ones over and over."""
 
     def __init__(self, encoder: Encoder) -> None:
@@ -494,8 +558,9 @@ def train(
     begin        a scope of the same kind whose verifier is trained on
     steps        of the descent, each over `batch_size` pairs
     held         share of the lessons that is held back, for calibration and the bound
-    false_fires  the bound on queries that concern no record; with too few of them held back to say so, none of those fires, and
-                 `Scope.false_fires` is what can be said
+    false_fires  the bound on queries that concern no record, for `fire`; with too few of them held back to say so, none of those fires, and
+                 `Scope.false_fires` is what can be said. `leave` lies where so few of the pairs in scope lie below it. Where that is above
+                 what the bound asks for, the two meet in the middle
 
     mined        half of the pairs out of scope are what the index finds in the whole memory; else they are each lesson's own, as published
 
@@ -507,7 +572,7 @@ def train(
             f"{sum(len(lesson.inside) for lesson in lessons)} of them."
         )
     rng = np.random.default_rng(seed)
-    remembering = _Remembering(encoder)
+    remembering = Remembering(encoder)
     memory = Lessons(lessons, remembering)
     learning, back = memory.split(held, rng)
     with torch.random.fork_rng(devices=[]):
@@ -588,13 +653,16 @@ def _calibrated(
     chances_P = _sigmoid(slope * scores_P + shift)
     fired = np.array([chances_P[numbers].max(initial=0.0) for numbers in stray])
     certain, bound = above(fired, false_fires)
-    fire = max(0.5, certain)
-    leave = min(fire, -above(-chances_P[concerned_P], false_fires)[0]) if concerned_P.any() else fire
+    enough = -above(-chances_P[concerned_P], false_fires)[0]  # all but so many of the pairs in scope lie above it
+    if certain > enough:
+        fire, leave = certain, enough
+    else:  # the two come apart: between them, in log odds, both are kept with room to spare
+        fire = leave = float(_sigmoid(np.array([0.5 * (_log_odds(certain) + _log_odds(enough))]))[0])
     return Scope(
         encoder=encoder,
         near=near,
         fire=fire,
-        leave=max(0.0, leave),
+        leave=leave,
         verifier=verifier.eval(),
         slope=slope,
         shift=shift,
