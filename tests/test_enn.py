@@ -1,6 +1,7 @@
 """enn: its step, its gradients against autograd, first and second order, what a patch holds, and what it costs beside one that is on."""
 
 import dataclasses
+import pickle
 import random
 from typing import Any
 
@@ -17,7 +18,7 @@ from errata.methods import _meta, enn
 from errata.methods._descend import ENOUGH, goal_losses
 from errata.methods._hyper import Net
 from errata.methods.enn import Enn
-from errata.types import Add, Budget, Example, InvalidExample, Run, State
+from errata.types import Add, Begin, Budget, Example, InvalidExample, Run, State, here
 
 EXAMPLES = tuple(c.example for c in CASES)
 RUN = Run(hold=TEXT * 2, budget=Budget(epsilon=10.0))
@@ -204,6 +205,20 @@ def test_after_a_kill_it_goes_on_as_if_there_had_been_none(tiny_llama: Host) -> 
     assert same_bits(tiny_llama, before) and [s.config["step"] for s in kept] == [2, 4, 6]
     assert all(prepared(tiny_llama, made(steps=6), state=begun).id == whole.id for begun in (kept[0], kept[1]))
     assert whole.trained_on == {c.id for c in CASES}
+
+
+def packed(host: Host, begin: Begin, shards: Any, shared: Any) -> Any:
+    """A spread to another process, but for the process."""
+    begin, shards, shared = pickle.loads(pickle.dumps((begin, list(shards), shared)))
+    return map(begin(host, shared), shards)
+
+
+def test_work_that_is_spread_comes_to_the_same_bits(tiny_gpt2: Host) -> None:
+    method = made(steps=2, rounds=2)
+    state = prepared(tiny_gpt2, method)
+    assert prepared(tiny_gpt2, method, spread=packed).id == state.id
+    first, second = (method.edit(tiny_gpt2, EXAMPLES[:3], dataclasses.replace(RUN, state=state, spread=s)).id for s in (here, packed))
+    assert first == second
 
 
 def test_published_settings_and_those_that_cannot_be(tiny_gpt2: Host) -> None:

@@ -1,6 +1,7 @@
 """ke: its formula against the published one, its gradient against autograd, its sentence, its rounds, and the multiplier beside it."""
 
 import dataclasses
+import pickle
 import random
 from typing import Any
 
@@ -15,7 +16,7 @@ from errata.hosts import Host
 from errata.methods import _meta, ke
 from errata.methods._hyper import Net
 from errata.methods.ke import Ke
-from errata.types import Budget, Example, InvalidExample, Run, State
+from errata.types import Begin, Budget, Example, InvalidExample, Run, State, here
 
 EXAMPLES = tuple(c.example for c in CASES)
 RUN = Run(hold=TEXT * 2, budget=Budget(epsilon=10.0))
@@ -257,6 +258,20 @@ def test_success_counts_single_edits(tiny_gpt2: Host) -> None:
     examples = [c.example for c in school.held_back]
     fixed = hosts.fixes(tiny_gpt2, examples)
     assert learning.success(nothing) == sum(fixed) / len(fixed) < 1
+
+
+def packed(host: Host, begin: Begin, shards: Any, shared: Any) -> Any:
+    """A spread to another process, but for the process."""
+    begin, shards, shared = pickle.loads(pickle.dumps((begin, list(shards), shared)))
+    return map(begin(host, shared), shards)
+
+
+def test_work_that_is_spread_comes_to_the_same_bits(tiny_gpt2: Host) -> None:
+    method = made(steps=2, rounds=2)
+    state = prepared(tiny_gpt2, method)
+    assert prepared(tiny_gpt2, method, spread=packed).id == state.id
+    first, second = (method.edit(tiny_gpt2, EXAMPLES[:3], dataclasses.replace(RUN, state=state, spread=s)).id for s in (here, packed))
+    assert first == second
 
 
 def test_published_settings_and_those_that_cannot_be() -> None:

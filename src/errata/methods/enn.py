@@ -40,7 +40,7 @@ from errata.methods._descend import ENOUGH
 from errata.methods._hyper import Net
 from errata.methods._meta import Asked, Graded, Lesson, Point, School, Settings
 from errata.methods.finetune import chosen
-from errata.types import Add, Case, Example, InvalidExample, Method, Patch, Run, State
+from errata.types import Add, Case, Example, InvalidExample, Method, Patch, Run, Spread, State
 
 FAITHFUL = {"weights": "all", "rounds": 1, "second_order": True, "lr": 1e-5, "rate": 1e-3, "near_weight": 10.0, "hold_weight": 0.0}
 FIXED = ("weights", "faithful")
@@ -97,10 +97,8 @@ class Enn(Method):
         there = any(worn.patch.method == "enn" and worn.patch.config.get("state") == state.id for worn in host.worn)
         modules, deltas = state.config["modules"], {} if there else theta(net)
         left = sorted(examples, key=lambda e: e.id)  # any order gives the same patch
-        for e in left:
-            hosts.encode(host, e.prompt, e.target)
         for _ in range(self.rounds):
-            grads = gradient(host, left, deltas, modules, self._settings(), run)
+            grads = gradient(host, left, deltas, modules, self._settings(), run.spread)
             for name, step in stepped(net, grads).items():
                 deltas[name] = deltas[name] + step if name in deltas else step
             now = {name: _meta.moved(host, name, d).to(hosts.weight(host.model, name).dtype) for name, d in deltas.items()}
@@ -129,13 +127,13 @@ def stepped(net: Net, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def gradient(
-    host: Host, examples: Sequence[Example], deltas: Mapping[str, Tensor], modules: Sequence[str], s: Settings, run: Run | School
+    host: Host, examples: Sequence[Example], deltas: Mapping[str, Tensor], modules: Sequence[str], s: Settings, spread: Spread
 ) -> dict[str, Tensor]:
     """{weight: what the step goes against} of the modules, with `deltas` on: the gradient of the examples' summed loss."""
     own = Asked(prompts=[(e.prompt, e) for e in examples], near=[], held=[])
     names = [f"{m}.weight" for m in modules]
     zero = {name: torch.zeros((), device=host.device) for name in names}  # what is not learnt is moved all the same
-    _, grads = _meta.weighed(host, own, zero | dict(deltas), s, learn=names, spread=run.spread)
+    _, grads = _meta.weighed(host, own, zero | dict(deltas), s, learn=names, spread=spread)
     return {name: g * (1 if s.faithful else len(examples)) for name, g in grads.items()}
 
 
@@ -160,7 +158,7 @@ class _Learning:
             examples = [c.example for c in self.school.train[: round(math.sqrt(s.least * s.most))]]
             own = Asked(prompts=[(e.prompt, e) for e in examples], near=[], held=[])
             lost = len(examples) * _meta.weighed(host, own, {}, s, learn=())[0][0]
-            squares = sum(float(g.square().sum()) for g in gradient(host, examples, {}, self.modules, s, self.school).values())
+            squares = sum(float(g.square().sum()) for g in gradient(host, examples, {}, self.modules, s, self.school.spread).values())
             first = math.log(self.made.share * lost / squares) if lost * squares > 0 else math.log(ALPHA)
         kind = "alpha" if self.made.faithful else "log_alpha"
         out |= {f"{name}/{kind}": torch.tensor(first, device=host.device) for name in names}
@@ -169,7 +167,7 @@ class _Learning:
     def graded(self, point: Point, cases: Sequence[Case], rng: random.Random) -> Graded:
         host, s, net, spread = self.host, self.s, point.net, self.school.spread
         asked, here, examples = self.school.asked(cases, rng), theta(net), [c.example for c in cases]
-        down = gradient(host, examples, here, self.modules, s, self.school)
+        down = gradient(host, examples, here, self.modules, s, spread)
         there = here | {name: here[name] + step if name in here else step for name, step in stepped(net, down).items()}
         _, grads = _meta.weighed(host, asked, there, s, learn=list(there), against=here, spread=spread)
         found = {f"theta/{name}": grads[name] for name in here}
@@ -189,7 +187,7 @@ class _Learning:
         """All of it together, after one step: what should stay is compared with the model's own weights, as an edit is judged."""
         losses, here = [], theta(net)
         for cases in _meta.few(self.school):
-            down = gradient(self.host, [c.example for c in cases], here, self.modules, self.s, self.school)
+            down = gradient(self.host, [c.example for c in cases], here, self.modules, self.s, self.school.spread)
             there = here | {name: here[name] + step if name in here else step for name, step in stepped(net, down).items()}
             asked = self.school.asked(cases, random.Random(f"{self.school.seed}/validation"))
             losses.append(sum(_meta.weighed(self.host, asked, there, self.s, learn=(), spread=self.school.spread)[0]))

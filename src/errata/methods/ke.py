@@ -1,13 +1,13 @@
-"""ke: a hypernetwork reads each edit as a sentence, "old >> new || input", and says what becomes of the example's gradient.
+"""ke: a hypernetwork reads each edit as a sentence, and says what becomes of the example's gradient.
 
     dW = max_scale sigmoid(eta) (grad W o A + B),     A = softmax(a_r) a_c^T,  B = softmax(b_r) b_c^T
     minimise L_edit subject to C <= m:     min over the network, max over alpha >= 0, of  L_edit + alpha (C - m)
                                                     De Cao, Aziz & Titov 2021 (KnowledgeEditor), arXiv 2104.08164, section 3
 
-A bi-LSTM reads the sentence in the host's own embeddings; from its last states each edited projection gets the vectors a_r, b_r (a number
-for each output), a_c, b_c (one for each input) and the gate eta. "old" is what the host says greedily. C is the KL on neighbours' prompts
-and on held text; m falls by `anneal` whenever more than .9 of some held-back examples, edited one at a time, are right. grad W is a sum
-over tokens of k g^T and A has rank one, so dW is such a sum too, and the network is learnt as that of `mend` is (`_meta.py`):
+A bi-LSTM reads "old >> new || input" in the host's own embeddings; from its last states each edited projection gets the vectors a_r, b_r
+(a number for each output), a_c, b_c (one for each input) and the gate eta. "old" is what the host says greedily. C is the KL on neighbours'
+prompts and on held text; m falls by `anneal` whenever more than .9 of some held-back examples, edited one at a time, are right. grad W is
+a sum over tokens of k g^T and A has rank one, so dW is such a sum too, and the network is learnt as that of `mend` is (`_meta.py`):
 
     S = max_scale sigmoid(eta) (sum_t (a_c o k_t) (softmax(a_r) o g_t)^T + b_c softmax(b_r)^T)
 
