@@ -10,8 +10,8 @@ which are the goals; for the T5 and the BERT as many nats per document); what th
     loss         relative increase of the mean token loss on text that judges, statements of edited facts set aside
 
 Of more than 128 facts a sample of 128 is asked. `malmen`, `mend`, `ke` and `enn` also edit the lab's T5, which answers questions, and its
-BERT, which tells true claims from false ones: `--only t5/malmen` names one of these. What was measured stays in `out/massive_quality`, under the folder
-where the script is called, and one picture for each model is drawn there of all methods that have been measured.
+BERT, which tells true claims from false ones: `--only t5/malmen` names one of these. What was measured stays in `out/massive_quality`,
+under the folder where the script is called, and one picture for each model is drawn there of all methods that have been measured.
 """
 
 import json
