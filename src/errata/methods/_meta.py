@@ -594,25 +594,19 @@ def _measuring(host: Host, shared: Measuring) -> Callable[[Batch], tuple[int, fl
     still = {name: w.detach() for name, w in host.model.named_parameters()}
     leaves = {name: moved(host, name, delta).requires_grad_(name in shared.learn) for name, delta in shared.deltas.items()}
     wanted = [leaves[name] for name in shared.learn]
-    reader = Through(host=host)
 
     def weights() -> Weights:
         return still | {name: leaf.to(still[name].dtype) for name, leaf in leaves.items()}
 
-    there = {name: moved(host, name, delta).to(still[name].dtype) for name, delta in shared.against.items()}
-
-    def both(rows: list[Row]) -> tuple[Tensor, Tensor]:
-        if not there:
-            return reader.both(rows, weights())
-        batch = hosts.pad(host, rows)
-        with torch.no_grad():
-            held_PV = hosts.predictions(host, batch, still | there)
-        return held_PV, hosts.predictions(host, batch, weights())
+    held = still | {name: moved(host, name, delta).to(still[name].dtype) for name, delta in shared.against.items()}
 
     def measure(batch: Batch) -> tuple[int, float, dict[str, Tensor]]:
         with torch.set_grad_enabled(bool(wanted)):
             if batch.examples is None:
-                total = kl_sum(*both(batch.rows))
+                own = hosts.pad(host, batch.rows)
+                with torch.no_grad():
+                    held_PV = hosts.predictions(host, own, held if shared.against else None)
+                total = kl_sum(held_PV, hosts.predictions(host, own, weights()))
             else:
                 total = goal_sum(host, batch, weights, shared.enough)
             loss = batch.weight * total / batch.of
@@ -646,23 +640,8 @@ def right(host: Host, examples: Sequence[Example], weights: Weights, batch_size:
     """Whether each example is as its goal wants it, with `weights` in the place of the model's: as `hosts.fixes`, but that nothing is
     generated. The target is said where each of its tokens is the likeliest behind those before it; what would follow is not looked at.
     """
-
-    def read(answers: Sequence[str]) -> tuple[list[float], list[bool]]:
-        rows = [hosts.encode(host, e.prompt, answer) for e, answer in zip(examples, answers, strict=True)]
-        logp, likeliest = [0.0] * len(rows), [False] * len(rows)
-        for group in _batches(rows, batch_size):
-            batch = hosts.pad(host, [rows[i] for i in group])
-            logp_PV = hosts.predictions(host, batch, weights).log_softmax(-1)
-            said_P = batch.ids_NT[batch.scored_NT.bool()]
-            each_P = logp_PV.gather(1, said_P[:, None]).squeeze(1)
-            counts = batch.scored_NT.sum(1).long().tolist()
-            hits_P = logp_PV.argmax(-1) == said_P
-            for i, own, hit in zip(group, torch.split(each_P, counts), torch.split(hits_P, counts), strict=True):
-                logp[i], likeliest[i] = float(own.sum()), bool(hit.all())
-        return logp, likeliest
-
-    target, said = read([e.target for e in examples])
-    contrast, _ = read([e.contrast or e.target for e in examples])
+    target, said = _read(host, [(e.prompt, e.target) for e in examples], weights, batch_size)
+    contrast, _ = _read(host, [(e.prompt, e.contrast or e.target) for e in examples], weights, batch_size)
     verdict: dict[str, Callable[[int], bool]] = {
         "raise": lambda i: said[i],
         "lower": lambda i: not said[i],
@@ -670,6 +649,20 @@ def right(host: Host, examples: Sequence[Example], weights: Weights, batch_size:
         "balance": lambda i: abs(target[i] - contrast[i]) <= math.log(1.5),
     }
     return [verdict[e.goal](i) for i, e in enumerate(examples)]
+
+
+def _read(host: Host, pairs: Sequence[tuple[str, str]], weights: Weights, batch_size: int) -> tuple[dict[int, float], dict[int, bool]]:
+    """(log p of each answer behind its prompt, whether each of its tokens is the likeliest)."""
+    rows, logp, likeliest = [hosts.encode(host, *pair) for pair in pairs], dict[int, float](), dict[int, bool]()
+    for group in _batches(rows, batch_size):
+        batch = hosts.pad(host, [rows[i] for i in group])
+        logp_PV = hosts.predictions(host, batch, weights).log_softmax(-1)
+        said_P = batch.ids_NT[batch.scored_NT.bool()]
+        each_P, hit_P = logp_PV.gather(1, said_P[:, None]).squeeze(1), logp_PV.argmax(-1) == said_P
+        counts = batch.scored_NT.sum(1).long().tolist()
+        for i, own_Q, hit_Q in zip(group, torch.split(each_P, counts), torch.split(hit_P, counts), strict=True):
+            logp[i], likeliest[i] = float(own_Q.sum()), bool(hit_Q.all())
+    return logp, likeliest
 
 
 def _turned(host: Host, module: str) -> bool:
