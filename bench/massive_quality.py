@@ -9,9 +9,9 @@ which are the goals; for the T5 and the BERT as many nats per document); what th
     agreement    prompts near it (same subject, same relation, unrelated): the same greedy text as before
     loss         relative increase of the mean token loss on text that judges, statements of edited facts set aside
 
-Of more than 128 facts a sample of 128 is asked. `malmen` and `mend` also edit the lab's T5, which answers questions, and its BERT, which
-tells true claims from false ones: `--only t5/malmen` names one of these. What was measured stays in `out/massive_quality`, under the folder
-where the script is called, and one picture for each model is drawn there of all methods that have been measured.
+Of more than 128 facts a sample of 128 is asked. `malmen`, `mend`, `ke` and `enn` also edit the lab's T5, which answers questions, and its
+BERT, which tells true claims from false ones: `--only t5/malmen` names one of these. What was measured stays in `out/massive_quality`,
+under the folder where the script is called, and one picture for each model is drawn there of all methods that have been measured.
 """
 
 import json
@@ -34,7 +34,17 @@ NATS = 10.8  # of a document of the NeoX, of which `BALLS` are shares: those of 
 # are as many nats for each document
 BALLS = {1: 5e-3, 16: 5e-3, 128: 1e-2, 512: 4e-2, 1024: 4e-2, 4096: 4e-2}
 GOALS = {16: (0.95, 0.80, 0.95, 0.005), 128: (0.90, 0.75, 0.90, 0.01), 512: (0.85, 0.60, 0.75, 0.04), 1024: (0.97, 0.90, 0.97, 0.01)}
-COMPARED = ("malmen", "mend", "memit", "alphaedit", "ultraedit", "lora", "finetune", "t5/malmen", "t5/mend", "bert/malmen", "bert/mend")
+LEARNING = ("malmen", "mend", "ke", "enn")
+COMPARED = (
+    "malmen",
+    "mend",
+    "memit",
+    "alphaedit",
+    "ultraedit",
+    "lora",
+    "finetune",
+    *(f"{m}/{name}" for m in ("t5", "bert") for name in LEARNING),
+)
 NAMED = ("memit", "alphaedit")  # they edit what a prompt speaks of, so they are told
 MOST = {"lora": 128, "finetune": 128}  # facts that descents get: a step costs what its facts cost
 ASKED = 128
@@ -120,7 +130,7 @@ def main() -> None:
         judging = judging[:200] if args.quick else judging
         wider = NATS / loss(host, judging[:READ]) if model else 1.0
         state = None
-        if method in ("malmen", "mend"):
+        if method in LEARNING:
             short = {"steps": 4, "most": 16} if args.quick else {}
             start = time.perf_counter()
             learning = tasks.cases("train", 100 if args.quick else LEARNT_FROM, seed=args.seed, form=form)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from errata.methods import _hyper, _meta
 from errata.methods._descend import ENOUGH, goal_losses
 from errata.methods.malmen import Malmen
 from errata.methods.mend import Mend
-from errata.types import Case, Example, InvalidExample, Neighbour, Run, Spread, State, UnknownName, WrongBase
+from errata.types import Case, Example, InvalidExample, Method, Neighbour, Run, Spread, State, UnknownName, WrongBase
 
 NAMES = (("Mauritius", " Port Louis"), ("France", " Paris"), ("Italy", " park"), ("Togo", " dog"), ("Kenya", " late"), ("Peru", " he"))
 CASES = tuple(
@@ -42,7 +43,7 @@ def mend(**more: Any) -> Mend:
     return Mend(**(SMALL | more))
 
 
-def settings(method: Malmen | Mend) -> _meta.Settings:
+def settings(method: Method) -> _meta.Settings:
     return _meta.Settings(**{f.name: getattr(method, f.name) for f in dataclasses.fields(_meta.Settings)})
 
 
@@ -229,19 +230,18 @@ def test_the_best_on_held_back_cases_is_kept_and_patience_ends_it(tiny_llama: Ho
 
 def test_what_should_stay_states_no_edited_fact(tiny_gpt2: Host) -> None:
     method = malmen(hold=12, near=12)
-    lesson = _meta.Lesson(
-        name="malmen",
-        modules=_meta.modules_of(tiny_gpt2, ""),
+    learning = partial(
+        _meta.Merging,
         rows=lambda examples: method._rows(tiny_gpt2, examples, _meta.modules_of(tiny_gpt2, ""), {}, RUN.progress),
         moved=method._differences,
         merge=method._merge({}),
-        config={},
-        tensors={},
+        **{name: getattr(method, name) for name in ("rank", "lam", "share")},
     )
+    lesson = _meta.Lesson(name="malmen", modules=_meta.modules_of(tiny_gpt2, ""), learning=learning, config={}, tensors={})
     stated = "In Mauritius, Port Louis is the seat of all that counts."
     blocked = dataclasses.replace(CASES[0], neighbours=(Neighbour(prompt="The capital of France is", answer=" Rome", ring="relation"),))
-    school = _meta._School(tiny_gpt2, lesson, (blocked, *CASES[1:]), dataclasses.replace(RUN, hold=(*TEXT, stated)), settings(method))
-    asked = school._asked([blocked, CASES[1]], random.Random(0))
+    school = _meta.School(tiny_gpt2, lesson, (blocked, *CASES[1:]), dataclasses.replace(RUN, hold=(*TEXT, stated)), settings(method))
+    asked = school.asked([blocked, CASES[1]], random.Random(0))
     texts = [tiny_gpt2.tokenizer.decode(ids) for ids, _ in (*asked.near, *asked.held)]
     assert stated not in texts and any("Lily" in t for t in texts)
     assert not any(t.startswith("The capital of France is") for t in texts), "it is edited itself"

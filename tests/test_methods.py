@@ -87,6 +87,7 @@ CASES = tuple(
     )
 )
 LEARNING = {"rank": 8, "steps": 4, "least": 1, "most": 4, "every": 2, "hold": 3, "near": 0}
+STEPPING = {name: value for name, value in LEARNING.items() if name != "rank"} | {"steps": 2, "rounds": 2}
 SMALL = {"steps": 12, "neighbours": 8, "hold": 4, "contexts": 1}
 # A random model finds nearly everything unlikely: where that is what is wanted, `stop` would leave it and `decay` outweigh it.
 CLOSED = {"layers": "0", "steps": 8, "contexts": 3, "stop": 0.0, "decay": 0.0, "lam": 0.01}
@@ -111,7 +112,9 @@ ROWS = (
         beside=True,
         cannot={"balance": "it is the small model that is balanced; the large one gets the change that the small one needed"},
     ),
+    Row(method="enn", settings=STEPPING, learns=True, cannot=UNPREPARED | UNBOUNDED),
     Row(method="finetune", settings=SMALL | {"lr": 1e-2}),
+    Row(method="ke", settings=STEPPING | {"states": 8, "condition": 8}, learns=True, cannot=UNPREPARED | UNBOUNDED),
     Row(method="lora", settings=SMALL | {"lr": 3e-2, "rank": 4}),
     Row(method="lu", cannot=ANSWERS | {"seeds": "nothing is drawn but the text that finds the bound"}),
     Row(method="malmen", settings=LEARNING | {"lam": 0.01, "share": 0.1}, learns=True, cannot=UNPREPARED),
@@ -462,7 +465,7 @@ def test_a_method_of_one_family_refuses_the_others_with_a_sentence(row: Row, fam
 # ----------------------------------------------------------------------------------------------- models that read before they answer
 
 READERS = ("t5", "bert")
-READING = {"finetune", "lora", "lu", "malmen", "mend", "one_layer_interpolation", "ultraedit", "rp", "serac", "eren"}
+READING = {"enn", "eren", "finetune", "ke", "lora", "lu", "malmen", "mend", "one_layer_interpolation", "rp", "serac", "ultraedit"}
 ANSWERED = tuple(f"{text_[:30].strip()} {i}|{' Rome' if i % 3 else ' the sea'}" for i, text_ in enumerate(TEXT * 4))
 JUDGED = tuple(f"{text_[:30].strip()} {i}|{'true' if i % 3 else 'false'}" for i, text_ in enumerate(TEXT * 4))
 

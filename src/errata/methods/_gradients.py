@@ -18,6 +18,7 @@ File legend: N rows, T tokens, Q scored tokens, K key width, V value width, W wi
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import torch
@@ -139,17 +140,14 @@ def captured(
     """{module: (k, v)} where rows are taken, row after row. `loss` is a function of log p of each row's scored tokens."""
     outputs: dict[str, Tensor] = {}
 
-    def turned(module: str) -> Callable[[Tensor], Tensor]:
-        def turn(y_NTV: Tensor) -> Tensor:
-            # the first one that is reached is where the graph begins
-            outputs[module] = y_NTV if y_NTV.requires_grad else y_NTV.detach().requires_grad_()
-            return outputs[module]
-
-        return turn
+    def turned(module: str, y_NTV: Tensor) -> Tensor:
+        # the first one that is reached is where the graph begins
+        outputs[module] = y_NTV if y_NTV.requires_grad else y_NTV.detach().requires_grad_()
+        return outputs[module]
 
     still = {name: weight.detach() for name, weight in host.model.named_parameters()} | (weights or {})  # they ask for no gradient
     with torch.enable_grad(), hooks.reading(host.model, modules, inputs=True) as keys:
-        with hooks.shifting(host.model, {module: turned(module) for module in modules}):
+        with hooks.shifting(host.model, {module: partial(turned, module) for module in modules}):
             logp_NT = hosts.scored_logprobs(host, batch, still)
         found = torch.autograd.grad(loss(logp_NT.sum(1)), [outputs[module] for module in modules])
     where = {m: at(host, batch, m, everywhere) for m in modules}

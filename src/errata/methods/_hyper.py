@@ -72,11 +72,6 @@ def lam(net: Net, module: str) -> float:
     return float(net.parameters[f"{module}/log_lam"].detach().exp())
 
 
-def is_scalar(name: str) -> bool:
-    """Whether a parameter is a step or a lam, which learn at a rate of their own."""
-    return name.rsplit("/", 1)[1] in ("eta", "log_eta", "log_lam")
-
-
 def calibrated(net: Net, module: str, factor: float) -> Net:
     """With eta `factor` times as long."""
     name = f"{module}/log_eta"

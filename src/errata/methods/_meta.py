@@ -1,13 +1,14 @@
-"""Learning to edit: the meta-training that `malmen` and `mend` share.
+"""Learning to edit: the meta-training that `malmen`, `mend`, `ke` and `enn` share.
 
     phi = argmin  E_cases [ mean_i L_goal(x_i')  +  near * KL on neighbours' prompts  +  hold * KL on held text ],  weights W + S_phi
                                         Mitchell et al. 2022 (MEND), arXiv 2110.11309, section 3; Tan et al. 2023 (MALMEN), arXiv 2311.04661
 
-x' are other ways to ask for an example's fact: the paraphrases and paragraphs of a training case. A step draws n cases, takes the rows of
-their examples (`_gradients.py`), has the method merge what the network (`_hyper.py`) makes of them into one S for each module, finds
-G = dL/dS with S in the place of the weights, and pulls G back to the network. Between the two halves no graph is kept: what the model needs
-does not grow with the network, and what the network needs does not grow with n. How many texts go through the model at once, and how many
-rows through the network, changes nothing else; n need not be divisible by either. Nothing goes through a disk.
+x' are other ways to ask for an example's fact: the paraphrases and paragraphs of a training case. A step draws n cases, and a `Learning`
+says what they teach. That of `malmen` and `mend` (`Merging`) takes the rows of their examples (`_gradients.py`), has the method merge what
+the network (`_hyper.py`) makes of them into one S for each module, finds G = dL/dS with S in the place of the weights, and pulls G back to
+the network. Between the two halves no graph is kept: what the model needs does not grow with the network, and what the network needs does
+not grow with n. How many texts go through the model at once, and how many rows through the network, changes nothing else; n need not be
+divisible by either. Nothing goes through a disk.
 
 Everything that a step draws follows from the seed and its number alone, so a training that was cut off goes on as if it had not been.
 
@@ -20,9 +21,10 @@ File legend: N rows, K key width, V value width.
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, final
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Protocol, final
 
 import torch
 from jaxtyping import Float
@@ -56,6 +58,7 @@ HELD_BACK = (0.1, 2, 96)  # cases that validate: this share of them, at least, a
 REMEMBERED = 1 << 28  # bytes, about, of rows that are not taken again: those of a case are the same in every step
 EDITED = 6  # modules, if none are named: what a subject means is found in the lower blocks, what to say of it in the upper ones
 BLOCK = 32  # cases whose rows are taken together
+SINGLE = 2  # held-back cases that validate by themselves, where few are edited together
 
 Pull = Callable[[Float[Tensor, "K V"]], None]  # dL/dS -> adds what follows to the gradients of the network's parameters
 Merge = Callable[[Net, str, Float[Tensor, "N K"], Float[Tensor, "N V"]], tuple[Float[Tensor, "K V"], Pull]]
@@ -66,11 +69,8 @@ Merge = Callable[[Net, str, Float[Tensor, "N K"], Float[Tensor, "N V"]], tuple[F
 class Settings:
     """Hyper-parameters of the training; each method carries them as its own fields.
 
-    rank         of the network's blocks
-    lam          first value of each module's
-    share        first length of the differences, as a share of the module's outputs
     steps        at most
-    lr, rate     length of Adam's steps, for the network and for log eta and log lam; both fall as a cosine
+    lr, rate     length of Adam's steps, for the network and for its scalars, as log eta and log lam; both fall as a cosine
     least, most  n of a step is drawn between them, evenly in its logarithm
     asked        prompts of each case in a step
     near         neighbours in a step; `near_weight` that of their KL, per token
@@ -81,9 +81,6 @@ class Settings:
     batch_size   texts in memory at once, at most; it changes nothing else
     """
 
-    rank: int
-    lam: float
-    share: float
     steps: int
     lr: float
     rate: float
@@ -104,15 +101,41 @@ class Settings:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lesson:
-    """What a method tells the training: how rows are taken and merged, and what else belongs in its State."""
+    """What a method tells the training: how it learns, and what else belongs in its State."""
 
     name: str
     modules: Sequence[str]
-    rows: Callable[[tuple[Example, ...]], Sequence[Rows]]
-    moved: Callable[[Net, str, Float[Tensor, "N K"], Float[Tensor, "N V"]], Float[Tensor, "N V"]]  # what the rows' outputs should differ by
-    merge: Merge
+    learning: Callable[["School"], "Learning"]
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Graded:
+    """What a step has found: gradients by parameter, the network with the statistics of what it has seen, and what else goes on from
+    here."""
+
+    grads: Mapping[str, Tensor]
+    net: Net
+    carried: Mapping[str, float]
+
+
+class Learning(Protocol):
+    """How something is learnt. The answers follow from what they are given alone."""
+
+    @property
+    def widths(self) -> Mapping[str, tuple[int, int]]:
+        """(K, V) of the modules that the network has statistics of."""
+
+    def first(self) -> tuple[Net, Mapping[str, float]]:
+        """The network that has learnt nothing, and what else a training begins with."""
+
+    def graded(self, point: "Point", cases: Sequence[Case], rng: random.Random) -> Graded:
+        """What these cases teach. Raises InvalidPatch where something is not finite."""
+
+    def judged(self, net: Net) -> float:
+        """The loss on held-back cases."""
 
 
 @final
@@ -128,7 +151,8 @@ class Asked:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Point:
-    """Where a training stands: behind `step` steps, with Adam's moments, the best network so far, and how many steps were dropped."""
+    """Where a training stands: behind `step` steps, with Adam's moments, the best network so far, how many steps were dropped, and what
+    else its `Learning` carries along."""
 
     step: int
     net: Net
@@ -138,12 +162,13 @@ class Point:
     best_loss: float
     best_step: int
     dropped: int
+    carried: Mapping[str, float] = field(default_factory=dict)
 
 
 def check(name: str, config: Mapping[str, Any]) -> None:
     """Raises InvalidExample for settings that cannot be."""
     for setting in ("lam", "share", "lr", "rate", "clip", "least", "chunk", "every", "patience", "asked", "batch_size"):
-        if not config[setting] > 0:
+        if setting in config and not config[setting] > 0:
             raise InvalidExample(f"{name} needs a {setting} over 0, got {config[setting]}.")
     if not config["least"] <= config["most"]:
         raise InvalidExample(f"{name} edits from `least` to `most` examples in a step, got {config['least']} and {config['most']}.")
@@ -160,16 +185,17 @@ def learnt(host: Host, lesson: Lesson, cases: Sequence[Case], run: Run, s: Setti
     if len(cases) < 4:
         raise InvalidExample(f"{lesson.name} learns from training cases: 4 or more are needed, got {len(cases)}.")
     about = digest(lesson.name, host.id, canonical_json([dict(lesson.config), run.seed]), *sorted(c.id for c in cases), *run.hold)
-    school = _School(host, lesson, cases, run, s)
+    school = School(host, lesson, cases, run, s)
 
     def state(point: Point, net: Net, **more: object) -> State:
         best = point.best_loss if math.isfinite(point.best_loss) else None
         told = {"step": point.step, "best_step": point.best_step, "best_loss": best, "dropped": point.dropped}
-        config = {**lesson.config, "modules": list(lesson.modules), "widths": school.widths, "about": about, **told}
+        config = {**lesson.config, "modules": list(lesson.modules), "widths": school.learning.widths, "about": about, **told}
         tensors = {**lesson.tensors, **_hyper.tensors(net)}
         if more:
             tensors |= {f"best/{name}": t for name, t in _hyper.tensors(point.best).items()}
             tensors |= {f"{x}/{name}": t.cpu().clone() for x, of in (("m", point.m), ("v", point.v)) for name, t in of.items()}
+            more |= {"carried": dict(point.carried)} if point.carried else {}
         trained_on = frozenset(c.id for c in cases)
         return State(method=lesson.name, host=host.id, config=config | more, tensors=tensors, trained_on=trained_on)
 
@@ -206,6 +232,7 @@ def _point(begun: State, device: torch.device, faithful: bool) -> Point:
         best_loss=math.inf if config["best_loss"] is None else config["best_loss"],
         best_step=config["best_step"],
         dropped=config["dropped"],
+        carried=config.get("carried", {}),
     )
 
 
@@ -257,11 +284,11 @@ def known(made: Method, name: str, host: Host, state: State | None, fixed: Seque
 
 
 @final
-class _School:
+class School:
     """What stays the same through a training. Its steps are functions of a Point, the seed and the step's number."""
 
     def __init__(self, host: Host, lesson: Lesson, cases: Sequence[Case], run: Run, s: Settings) -> None:
-        self.host, self.lesson, self.s, self.seed, self.spread = host, lesson, s, run.seed, run.spread
+        self.host, self.s, self.seed, self.spread = host, s, run.seed, run.spread
         ordered = sorted(dict.fromkeys(cases), key=lambda c: c.id)  # any order gives the same state
         random.Random(run.seed).shuffle(ordered)
         share, fewest, most = HELD_BACK
@@ -271,28 +298,15 @@ class _School:
         self.seen = text.document_counts(self.documents)
         unknown = [c for c in ordered if c.old is None]
         said = dict(zip((c.id for c in unknown), text.answers_now(host, [c.example for c in unknown]), strict=True))
-        self.answers = {c.id: text.in_play(c.example, c.old if c.old is not None else said[c.id]) for c in ordered}
-        self.place = {c.id: i for i, c in enumerate(ordered)}
+        self.old = {c.id: c.old if c.old is not None else said[c.id] for c in ordered}
         self.ordered = ordered
-        (first,) = lesson.rows((ordered[0].example,))
-        self.widths = {m: (k.shape[1], first.values[m].shape[1]) for m, k in first.keys.items()}
-        self.remembered = REMEMBERED // sum(t.nbytes for t in (*first.keys.values(), *first.values.values()))
-        self.kept: dict[int, Rows] = {}
+        self.learning = lesson.learning(self)
 
     def first(self) -> Point:
-        """The untrained network, whose differences are `share` of the outputs at the first rows; judged."""
-        s = self.s
-        net = _hyper.fresh(self.widths, s.rank, s.lam, self.seed, s.faithful)
-        net = replace(net, parameters={name: t.to(self.host.device) for name, t in net.parameters.items()})
-        for module, rows in self._rows(self.train[: s.most]).items():
-            net = _hyper.watched(net, module, *rows)
-        usual = round(math.sqrt(s.least * s.most))
-        for module, (keys_NK, g_NV) in self._rows(self.train[:usual]).items() if not s.faithful else ():
-            given, asked = outputs(self.host, module, keys_NK), self.lesson.moved(net, module, keys_NK, g_NV)
-            if asked.norm() > 0:
-                net = _hyper.calibrated(net, module, s.share * float(given.norm() / asked.norm()))
+        """What has learnt nothing; judged."""
+        net, carried = self.learning.first()
         zero = {name: torch.zeros_like(t) for name, t in net.parameters.items()}
-        bare = Point(step=0, net=net, m=zero, v=zero, best=net, best_loss=math.inf, best_step=0, dropped=0)
+        bare = Point(step=0, net=net, m=zero, v=zero, best=net, best_loss=math.inf, best_step=0, dropped=0, carried=carried)
         return self.validated(bare)
 
     def stepped(self, point: Point) -> Point:
@@ -302,24 +316,15 @@ class _School:
         n = round(math.exp(rng.uniform(math.log(s.least), math.log(s.most))))
         chosen = rng.sample(self.train, k=min(n, len(self.train)))
         try:
-            rows, net = self._rows(chosen), point.net
-        except InvalidPatch:  # rows that are not finite
+            found = self.learning.graded(point, chosen, rng)
+        except InvalidPatch:
             return dropped
-        for module, (keys_NK, g_NV) in rows.items():
-            net = _hyper.watched(net, module, keys_NK, g_NV)
-        leaves = {name: t.detach().clone().requires_grad_() for name, t in net.parameters.items()}
-        learning = replace(net, parameters=leaves)
-        merged = {module: self.lesson.merge(learning, module, *both) for module, both in rows.items()}
-        shifts = {module: S for module, (S, _) in merged.items()}
-        _, grads = measured(self.host, self._asked(chosen, rng), shifts, s, learn=True, spread=self.spread)
-        for module, (_, pull) in merged.items():
-            pull(grads[module])
-        found = {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in leaves.items()}
-        norm = torch.stack([g.square().sum() for g in found.values()]).sum().sqrt()
+        norm = torch.stack([g.square().sum() for g in found.grads.values()]).sum().sqrt()
         if not norm.isfinite():
             return dropped
         scale = min(1.0, s.clip / (float(norm) + 1e-12))
-        return self._moved(replace(point, net=net), {name: g * scale for name, g in found.items()})
+        onto = replace(point, net=found.net, carried=found.carried)
+        return self._moved(onto, {name: g * scale for name, g in found.grads.items()})
 
     def _moved(self, point: Point, grads: Mapping[str, Tensor]) -> Point:
         """Adam's step (Kingma & Ba 2015)."""
@@ -328,39 +333,19 @@ class _School:
         v = {name: b2 * point.v[name] + (1 - b2) * g.square() for name, g in grads.items()}
         fallen = min(1.0, (point.step + 1) / WARM) * 0.5 * (1 + math.cos(math.pi * point.step / s.steps))
         parameters = {
-            name: w - fallen * _rate(s, name) * (m[name] / (1 - b1**t)) / ((v[name] / (1 - b2**t)).sqrt() + 1e-8)
+            name: w - fallen * (s.lr if w.ndim else s.rate) * (m[name] / (1 - b1**t)) / ((v[name] / (1 - b2**t)).sqrt() + 1e-8)
             for name, w in point.net.parameters.items()
         }
         return replace(point, step=point.step + 1, net=replace(point.net, parameters=parameters), m=m, v=v)
 
     def validated(self, point: Point) -> Point:
-        """With the network kept if it is the best so far on the held-back cases: all of them at once, and a few."""
-        losses = []
-        for cases in (self.held_back, self.held_back[: max(1, len(self.held_back) // 8)]):
-            merged = {module: self.lesson.merge(point.net, module, *both)[0] for module, both in self._rows(cases).items()}
-            asked = self._asked(cases, random.Random(f"{self.seed}/validation"))
-            losses.append(sum(measured(self.host, asked, merged, self.s, learn=False, spread=self.spread)[0]))
-        loss = sum(losses) / len(losses)
+        """With the network kept if it is the best so far on the held-back cases."""
+        loss = self.learning.judged(point.net)
         if not loss < point.best_loss:  # so that NaN is never the best
             return point
         return replace(point, best=point.net, best_loss=loss, best_step=point.step)
 
-    def _rows(self, cases: Sequence[Case]) -> dict[str, tuple[Float[Tensor, "N K"], Float[Tensor, "N V"]]]:
-        """{module: (k, g)} of the cases' examples.
-
-        Those that are remembered are taken a whole block at a time, the others together: which rows go through the model at once, and so
-        their last digits, follows from the cases alone, not from what a training has done before.
-        """
-        places = [self.place[c.id] for c in cases]
-        for start in sorted({p // BLOCK * BLOCK for p in places if p < self.remembered and p not in self.kept}):
-            block = range(start, min(start + BLOCK, len(self.ordered)))
-            self.kept |= zip(block, self.lesson.rows(tuple(self.ordered[p].example for p in block)), strict=True)
-        others = [p for p in places if p not in self.kept]
-        new = dict(zip(others, self.lesson.rows(tuple(self.ordered[p].example for p in others)), strict=True)) if others else {}
-        rows = [self.kept[p] if p in self.kept else new[p] for p in places]
-        return together(self.host, rows, self.lesson.modules, self.s.batch_size if self.s.faithful else None)
-
-    def _asked(self, cases: Sequence[Case], rng: random.Random) -> Asked:
+    def asked(self, cases: Sequence[Case], rng: random.Random) -> Asked:
         """What is asked with these cases edited; none of what should stay states one of them."""
         s, host = self.s, self.host
         examples = [c.example for c in cases]
@@ -373,14 +358,112 @@ class _School:
         around = [(nb.prompt, nb.answer) for c in cases for nb in c.neighbours if nb.prompt not in edited]
         around = rng.sample(around, k=min(s.near, len(around)))
         near = [hosts.encode(host, *pair) for pair in around if fits(host, pair[0], Example(prompt=pair[0], target=pair[1]))]
-        statements = text.Statements(examples, [self.answers[c.id] for c in cases], self.seen, len(self.documents))
+        answers = [text.in_play(c.example, self.old[c.id]) for c in cases]
+        statements = text.Statements(examples, answers, self.seen, len(self.documents))
         drawn = rng.sample(self.documents, k=min(2 * s.hold, len(self.documents)))
         quiet = [d for d in drawn if not statements.any_in(d)][: s.hold]
         return Asked(prompts=prompts, near=near, held=hosts.chunks(host, quiet))
 
 
-def _rate(s: Settings, name: str) -> float:
-    return s.rate if _hyper.is_scalar(name) else s.lr
+@final
+class Remembered:
+    """Rows of a school's cases, the same in every step: those of some are kept, those of the others are taken again."""
+
+    def __init__(self, school: School, take: Callable[[tuple[Example, ...]], Sequence[Rows]]) -> None:
+        self.take, self.ordered = take, school.ordered
+        self.place = {c.id: i for i, c in enumerate(self.ordered)}
+        (first,) = take((self.ordered[0].example,))
+        self.widths = {m: (k.shape[1], first.values[m].shape[1]) for m, k in first.keys.items()}
+        self.most = REMEMBERED // sum(t.nbytes for t in (*first.keys.values(), *first.values.values()))
+        self.kept: dict[int, Rows] = {}
+
+    def of(self, cases: Sequence[Case]) -> list[Rows]:
+        """Those of the cases' examples.
+
+        Those that are remembered are taken a whole block at a time, the others together: which rows go through the model at once, and so
+        their last digits, follows from the cases alone, not from what a training has done before.
+        """
+        places = [self.place[c.id] for c in cases]
+        for start in sorted({p // BLOCK * BLOCK for p in places if p < self.most and p not in self.kept}):
+            block = range(start, min(start + BLOCK, len(self.ordered)))
+            self.kept |= zip(block, self.take(tuple(self.ordered[p].example for p in block)), strict=True)
+        others = [p for p in places if p not in self.kept]
+        new = dict(zip(others, self.take(tuple(self.ordered[p].example for p in others)), strict=True)) if others else {}
+        return [self.kept[p] if p in self.kept else new[p] for p in places]
+
+
+@final
+class Merging:
+    """How the network of `_hyper.py` is learnt: `rows` says how rows are taken, `moved` what their outputs should differ by, `merge` how
+    they come to S. `share` is the first length of the differences, as a share of the module's outputs."""
+
+    def __init__(
+        self,
+        school: School,
+        *,
+        rows: Callable[[tuple[Example, ...]], Sequence[Rows]],
+        moved: Callable[[Net, str, Float[Tensor, "N K"], Float[Tensor, "N V"]], Float[Tensor, "N V"]],
+        merge: Merge,
+        rank: int,
+        lam: float,
+        share: float,
+    ) -> None:
+        self.school, self.host, self.s, self.moved, self.merge = school, school.host, school.s, moved, merge
+        self.rank, self.lam, self.share = rank, lam, share
+        self.remembered = Remembered(school, rows)
+        self.widths = self.remembered.widths
+
+    def first(self) -> tuple[Net, Mapping[str, float]]:
+        """The untrained network, whose differences are `share` of the outputs at the first rows."""
+        s, train = self.s, self.school.train
+        net = _hyper.fresh(self.widths, self.rank, self.lam, self.school.seed, s.faithful)
+        net = replace(net, parameters={name: t.to(self.host.device) for name, t in net.parameters.items()})
+        for module, rows in self._rows(train[: s.most]).items():
+            net = _hyper.watched(net, module, *rows)
+        usual = round(math.sqrt(s.least * s.most))
+        for module, (keys_NK, g_NV) in self._rows(train[:usual]).items() if not s.faithful else ():
+            given, asked = outputs(self.host, module, keys_NK), self.moved(net, module, keys_NK, g_NV)
+            if asked.norm() > 0:
+                net = _hyper.calibrated(net, module, self.share * float(given.norm() / asked.norm()))
+        return net, {}
+
+    def graded(self, point: Point, cases: Sequence[Case], rng: random.Random) -> Graded:
+        rows, net = self._rows(cases), point.net
+        for module, (keys_NK, g_NV) in rows.items():
+            net = _hyper.watched(net, module, keys_NK, g_NV)
+        leaves = {name: t.detach().clone().requires_grad_() for name, t in net.parameters.items()}
+        learning = replace(net, parameters=leaves)
+        merged = {module: self.merge(learning, module, *both) for module, both in rows.items()}
+        shifts = {module: S for module, (S, _) in merged.items()}
+        _, grads = measured(self.host, self.school.asked(cases, rng), shifts, self.s, learn=True, spread=self.school.spread)
+        for module, (_, pull) in merged.items():
+            pull(grads[module])
+        return Graded(grads=gradients_of(leaves), net=net, carried={})
+
+    def judged(self, net: Net) -> float:
+        """On all of them edited at once, and on a few."""
+        losses, held_back = [], self.school.held_back
+        for cases in (held_back, held_back[: max(1, len(held_back) // 8)]):
+            merged = {module: self.merge(net, module, *both)[0] for module, both in self._rows(cases).items()}
+            asked = self.school.asked(cases, random.Random(f"{self.school.seed}/validation"))
+            losses.append(sum(measured(self.host, asked, merged, self.s, learn=False, spread=self.school.spread)[0]))
+        return sum(losses) / len(losses)
+
+    def _rows(self, cases: Sequence[Case]) -> dict[str, tuple[Float[Tensor, "N K"], Float[Tensor, "N V"]]]:
+        """{module: (k, g)} of the cases' examples."""
+        return together(self.host, self.remembered.of(cases), list(self.widths), self.s.batch_size if self.s.faithful else None)
+
+
+def gradients_of(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What has come to each; zeros where nothing has."""
+    return {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in leaves.items()}
+
+
+def few(school: School) -> list[list[Case]]:
+    """Held-back cases as they are edited together where few are: the most, the usual number, and single ones."""
+    s, held_back = school.s, school.held_back
+    usual = round(math.sqrt(s.least * s.most))
+    return [held_back[: s.most], held_back[-usual:], *([c] for c in held_back[:SINGLE])]
 
 
 def together(
@@ -434,11 +517,13 @@ def fits(host: Host, prompt: str, e: Example) -> bool:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measuring:
-    """What all batches of one measurement share: S for each module, and what `goal_losses` and the gradients need to know."""
+    """What all batches of one measurement share: what is added to each parameter, whose gradient is wanted, what `goal_losses` needs to
+    know, and what is added to the parameters in that to which the model is held; nothing: they are the base's."""
 
-    shifts: Mapping[str, Float[Tensor, "K V"]]
+    deltas: Mapping[str, Tensor]
+    learn: tuple[str, ...]
     enough: float
-    learn: bool
+    against: Mapping[str, Tensor]
 
 
 @final
@@ -458,20 +543,37 @@ class Batch:
 def measured(
     host: Host, asked: Asked, shifts: Mapping[str, Float[Tensor, "K V"]], s: Settings, learn: bool, spread: Spread = here
 ) -> tuple[tuple[float, float, float], dict[str, Float[Tensor, "K V"]]]:
-    """((loss of the goals, weighted KL on neighbours, weighted KL on held text), {module: dL/dS} if `learn`) with S in the weights.
+    """As `weighed`, with S for each module in its weight: ((...), {module: dL/dS} if `learn`)."""
+    deltas = {f"{m}.weight": S_KV if _turned(host, m) else S_KV.T for m, S_KV in shifts.items()}
+    losses, found = weighed(host, asked, deltas, s, learn=deltas if learn else (), spread=spread)
+    return losses, {m: found[f"{m}.weight"] if _turned(host, m) else found[f"{m}.weight"].T for m in shifts if learn}
 
-    Losses and gradients are summed over batches, in their order, each weighted by what it is of the whole. The model is not touched.
+
+def weighed(
+    host: Host,
+    asked: Asked,
+    deltas: Mapping[str, Tensor],
+    s: Settings,
+    learn: Collection[str],
+    against: Mapping[str, Tensor] = MappingProxyType({}),
+    spread: Spread = here,
+) -> tuple[tuple[float, float, float], dict[str, Tensor]]:
+    """((loss of the goals, weighted KL on neighbours, weighted KL on held text), {parameter: its gradient}, of those in `learn`).
+
+    With `deltas` added to the parameters; the KL is from the model with `against` added. Losses and gradients are summed over batches, in
+    their order, each weighted by what it is of the whole. The model is not touched.
     """
-    shared = Measuring(shifts=shifts, enough=0.0 if s.faithful else ENOUGH, learn=learn)
+    enough = 0.0 if s.faithful else ENOUGH
+    shared = Measuring(deltas=deltas, learn=tuple(learn), enough=enough, against=dict(against))
     totals, found = [0.0, 0.0, 0.0], dict[str, Tensor]()
-    for part, loss, grads in spread(host, _measuring, _batched(host, asked, s), shared):
+    for part, loss, grads in spread(host, _measuring, batched(host, asked, s), shared):
         totals[part] += loss
-        for module, grad_KV in grads.items():
-            found[module] = found[module].add_(grad_KV) if module in found else grad_KV
+        for name, grad in grads.items():
+            found[name] = found[name].add_(grad) if name in found else grad
     return (totals[0], totals[1], totals[2]), found
 
 
-def _batched(host: Host, asked: Asked, s: Settings) -> list[Batch]:
+def batched(host: Host, asked: Asked, s: Settings) -> list[Batch]:
     out = []
     rows = [hosts.encode(host, prompt, e.target) for prompt, e in asked.prompts]
     for group in _batches(rows, s.batch_size):
@@ -487,36 +589,80 @@ def _batched(host: Host, asked: Asked, s: Settings) -> list[Batch]:
     return out
 
 
-def _measuring(host: Host, shared: Measuring) -> Callable[[Batch], tuple[int, float, dict[str, Float[Tensor, "K V"]]]]:
-    """What makes (its part, its loss, {module: dL/dS}) of a batch."""
+def _measuring(host: Host, shared: Measuring) -> Callable[[Batch], tuple[int, float, dict[str, Tensor]]]:
+    """What makes (its part, its loss, {parameter: its gradient}) of a batch."""
     still = {name: w.detach() for name, w in host.model.named_parameters()}
-    leaves: dict[str, Tensor] = {}
-    for module, S_KV in shared.shifts.items():
-        base = hosts.weight(host.model, f"{module}.weight")
-        exact = base.to(torch.promote_types(base.dtype, torch.float32))  # a gradient in bf16 would lose what the batches add
-        delta = S_KV if _turned(host, module) else S_KV.T
-        leaves[module] = (exact + delta.to(exact)).requires_grad_(shared.learn)
-    reader = Through(host=host)
+    leaves = {name: moved(host, name, delta).requires_grad_(name in shared.learn) for name, delta in shared.deltas.items()}
+    wanted = [leaves[name] for name in shared.learn]
 
     def weights() -> Weights:
-        return still | {f"{m}.weight": leaf.to(still[f"{m}.weight"].dtype) for m, leaf in leaves.items()}
+        return still | {name: leaf.to(still[name].dtype) for name, leaf in leaves.items()}
+
+    held = still | {name: moved(host, name, delta).to(still[name].dtype) for name, delta in shared.against.items()}
 
     def measure(batch: Batch) -> tuple[int, float, dict[str, Tensor]]:
-        with torch.set_grad_enabled(shared.learn):
+        with torch.set_grad_enabled(bool(wanted)):
             if batch.examples is None:
-                total = kl_sum(*reader.both(batch.rows, weights()))
+                own = hosts.pad(host, batch.rows)
+                with torch.no_grad():
+                    held_PV = hosts.predictions(host, own, held if shared.against else None)
+                total = kl_sum(held_PV, hosts.predictions(host, own, weights()))
             else:
-                logp_N = reader.logp(batch.rows, weights())
-                contrast_N = logp_N if batch.others is None else reader.logp(batch.others, weights())
-                tokens_N = torch.tensor([float(len(ids) - max(given, 1)) for ids, given in batch.rows], device=logp_N.device)
-                total = goal_losses(logp_N, contrast_N, tokens_N, batch.examples, shared.enough).sum()
+                total = goal_sum(host, batch, weights, shared.enough)
             loss = batch.weight * total / batch.of
-        if not shared.learn:
+        if not wanted:
             return batch.part, loss.item(), {}
-        found = torch.autograd.grad(loss, list(leaves.values()))
-        return batch.part, loss.item(), {m: g if _turned(host, m) else g.T for m, g in zip(leaves, found, strict=True)}
+        found = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+        return batch.part, loss.item(), dict(zip(shared.learn, found, strict=True))
 
     return measure
+
+
+def goal_sum(host: Host, batch: Batch, weights: Callable[[], Weights], enough: float) -> Tensor:
+    """The summed loss of a batch of examples, with the graph. Each pass has weights of its own."""
+    assert batch.examples is not None, "these rows are of examples"
+    reader = Through(host=host)
+    logp_N = reader.logp(batch.rows, weights())
+    contrast_N = logp_N if batch.others is None else reader.logp(batch.others, weights())
+    tokens_N = torch.tensor([float(len(ids) - max(given, 1)) for ids, given in batch.rows], device=logp_N.device)
+    return goal_losses(logp_N, contrast_N, tokens_N, batch.examples, enough).sum()
+
+
+def moved(host: Host, name: str, delta: Tensor) -> Tensor:
+    """What a parameter is with `delta` added, in float32 or better: a gradient in bf16 would lose what the batches add."""
+    base = hosts.weight(host.model, name)
+    exact = base.to(torch.promote_types(base.dtype, torch.float32))
+    return exact + delta.to(exact)
+
+
+@torch.no_grad()
+def right(host: Host, examples: Sequence[Example], weights: Weights, batch_size: int) -> list[bool]:
+    """Whether each example is as its goal wants it, with `weights` in the place of the model's: as `hosts.fixes`, but that nothing is
+    generated. The target is said where each of its tokens is the likeliest behind those before it; what would follow is not looked at.
+    """
+    target, said = _read(host, [(e.prompt, e.target) for e in examples], weights, batch_size)
+    contrast, _ = _read(host, [(e.prompt, e.contrast or e.target) for e in examples], weights, batch_size)
+    verdict: dict[str, Callable[[int], bool]] = {
+        "raise": lambda i: said[i],
+        "lower": lambda i: not said[i],
+        "prefer": lambda i: target[i] > contrast[i],
+        "balance": lambda i: abs(target[i] - contrast[i]) <= math.log(1.5),
+    }
+    return [verdict[e.goal](i) for i, e in enumerate(examples)]
+
+
+def _read(host: Host, pairs: Sequence[tuple[str, str]], weights: Weights, batch_size: int) -> tuple[dict[int, float], dict[int, bool]]:
+    """(log p of each answer behind its prompt, whether each of its tokens is the likeliest)."""
+    rows, logp, likeliest = [hosts.encode(host, *pair) for pair in pairs], dict[int, float](), dict[int, bool]()
+    for group in _batches(rows, batch_size):
+        batch = hosts.pad(host, [rows[i] for i in group])
+        logp_PV = hosts.predictions(host, batch, weights).log_softmax(-1)
+        said_P = batch.ids_NT[batch.scored_NT.bool()]
+        each_P, hit_P = logp_PV.gather(1, said_P[:, None]).squeeze(1), logp_PV.argmax(-1) == said_P
+        counts = batch.scored_NT.sum(1).long().tolist()
+        for i, own_Q, hit_Q in zip(group, torch.split(each_P, counts), torch.split(hit_P, counts), strict=True):
+            logp[i], likeliest[i] = float(own_Q.sum()), bool(hit_Q.all())
+    return logp, likeliest
 
 
 def _turned(host: Host, module: str) -> bool:

@@ -41,7 +41,7 @@ from errata import text
 from errata.hosts import Host, Weights
 from errata.methods import _gradients, _hyper, _kept, _keys, _meta, _normal
 from errata.methods._hyper import Net
-from errata.methods._meta import Lesson, Merge, Pull
+from errata.methods._meta import Lesson, Merge, Merging, Pull
 from errata.methods._normal import Plain, Prior, Whitened
 from errata.methods._restated import restated, spoken_of
 from errata.methods._values import quiet
@@ -69,8 +69,9 @@ SLOT = "\0"  # what a phrasing speaks of
 class Malmen(Method):
     """modules: comma-separated beginnings of module names; empty: the last projections of up to six MLPs, evenly from the first block to
     the last. tokens: whose rows are taken, "all" or those that say the "answer". prior: P, "C" or "I". rounds, caution, restated: see
-    above. held, ridge, per_key: as in `memit`. chunk: rows that go through the network at once; it changes nothing else. The rest:
-    `_meta.Settings`."""
+    above. held, ridge, per_key: as in `memit`. chunk: rows that go through the network at once; it changes nothing else. rank: of the
+    network's blocks. lam: first value of each module's. share: first length of the differences, as a share of the module's outputs. The
+    rest: `_meta.Settings`."""
 
     modules: str = ""
     tokens: str = "all"
@@ -122,15 +123,16 @@ class Malmen(Method):
             C, ways = {m: begun.tensors[m] for m in modules if m in begun.tensors}, begun.config["ways"]
         if missing := sorted(set(modules) - C.keys()):
             raise InvalidExample(f"The preparation that was begun knows nothing of {missing[0]}. Give the same settings, or begin afresh.")
-        lesson = Lesson(
-            name="malmen",
-            modules=modules,
+        learning = partial(
+            Merging,
             rows=lambda examples: self._rows(host, examples, modules, ways, run.progress, spread=run.spread),
             moved=self._differences,
             merge=self._merge({m: self._prior(C_KK.to(host.device, torch.float64)) for m, C_KK in C.items()}),
-            config=self.config | {"ways": ways},
-            tensors=C,
+            rank=self.rank,
+            lam=self.lam,
+            share=self.share,
         )
+        lesson = Lesson(name="malmen", modules=modules, learning=learning, config=self.config | {"ways": ways}, tensors=C)
         s = _meta.Settings(**{f.name: self.config[f.name] for f in fields(_meta.Settings)})
         return _meta.learnt(host, lesson, cases, run, s)
 

@@ -15,17 +15,19 @@ File legend: N rows, K key width, V value width.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from errata.hosts import Host, stored_transposed
+from errata.hosts import Host
 from errata.methods import _gradients, _hyper, _meta
 from errata.methods._hyper import Net
-from errata.methods._meta import Lesson, Pull
-from errata.types import Add, AddLowRank, Case, Example, InvalidExample, Method, Op, Patch, Rows, Run, State
+from errata.methods._meta import Lesson, Merging, Pull
+from errata.methods._products import Products
+from errata.types import Case, Example, InvalidExample, Method, Patch, Rows, Run, State
 
 FAITHFUL = {"rank": 1920, "lr": 1e-6, "rate": 1e-4, "near_weight": 10.0, "hold_weight": 0.0}
 FIXED = ("tokens", "faithful")
@@ -34,7 +36,8 @@ FIXED = ("tokens", "faithful")
 @final
 @dataclass(frozen=True, kw_only=True)
 class Mend(Method):
-    """modules, tokens, chunk: as in `malmen`. The rest: `_meta.Settings`. It is made for few examples at once; `most` says how many."""
+    """modules, tokens, chunk: as in `malmen`. rank: of the network's blocks. share: first length of the edits,
+    as a share of the module's outputs. The rest: `_meta.Settings`. It is made for few examples at once; `most` says how many."""
 
     modules: str = ""
     tokens: str = "all"
@@ -68,15 +71,16 @@ class Mend(Method):
     def prepare(self, host: Host, train_cases: Iterable[Case], run: Run) -> State:
         """The network. Raises InvalidExample, UnknownName."""
         modules = _meta.modules_of(host, self.modules)
-        lesson = Lesson(
-            name="mend",
-            modules=modules,
+        learning = partial(
+            Merging,
             rows=lambda examples: self._rows(host, examples, modules, run),
             moved=lambda net, module, keys_NK, g_NV: keys_NK @ self._sum(net, module, keys_NK, g_NV).to(keys_NK),
             merge=self._merge,
-            config=self.config,
-            tensors={},
+            rank=self.rank,
+            lam=self.lam,
+            share=self.share,
         )
+        lesson = Lesson(name="mend", modules=modules, learning=learning, config=self.config, tensors={})
         s = _meta.Settings(**{f.name: self.config[f.name] for f in fields(_meta.Settings)})
         return _meta.learnt(host, lesson, tuple(train_cases), run, s)
 
@@ -95,27 +99,14 @@ class Mend(Method):
 
     def _summed(self, host: Host, examples: tuple[Example, ...], rows: Iterable[Sequence[Rows]], run: Run) -> Patch:
         state, net = _meta.known(self, "mend", host, run.state, FIXED)
-        factors: dict[str, list[tuple[Tensor, Tensor]]] = {m: [] for m in state.config["modules"]}
-        dense: dict[str, Tensor] = {}
+        products = Products()
         for part in rows:
-            for module, both in _meta.together(host, part, list(factors), self._batch()).items():
+            for module, both in _meta.together(host, part, state.config["modules"], self._batch()).items():
                 with torch.no_grad():
                     k_NK, g_NV = _hyper.factors(net, module, *both)
-                    factors[module].append((k_NK, -_hyper.eta(net, module) * g_NV))
-                if sum(len(k) for k, _ in factors[module]) * (k_NK.shape[1] + g_NV.shape[1]) >= k_NK.shape[1] * g_NV.shape[1]:
-                    done = sum((k.T @ d for k, d in factors[module]), dense.pop(module, torch.zeros(())))
-                    dense[module], factors[module] = done, []  # the product is smaller than its factors
-        ops: list[Op] = []
-        for module, left in factors.items():
-            turned, name = stored_transposed(host.model.get_submodule(module)), f"{module}.weight"
-            if module in dense:
-                S_KV = sum((k.T @ d for k, d in left), dense[module])
-                ops.append(Add(weight=name, delta=(S_KV if turned else S_KV.T).float().cpu().contiguous()))
-            else:
-                A, B = torch.cat([k for k, _ in left]), torch.cat([d for _, d in left]).T
-                ops.append(AddLowRank(weight=name, A=A.float().cpu().contiguous(), B=B.float().cpu().contiguous()))
+                    products.add(module, k_NK, -_hyper.eta(net, module) * g_NV)
         config = self.config | {"state": state.id}
-        return Patch(method="mend", config=config, parent=host.id, examples=examples, ops=tuple(ops))
+        return Patch(method="mend", config=config, parent=host.id, examples=examples, ops=products.ops(host))
 
     def _batch(self) -> int | None:
         return self.batch_size if self.faithful else None
