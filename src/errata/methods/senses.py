@@ -11,10 +11,12 @@ Hewitt et al. 2024, arXiv 2402.06155 (sense finetuning; S for two continuations:
 
 Neither the hidden states nor alpha depend on the sense vectors. So each row of text is read once: o_t and the few a_t,(v,l) at the places
 that see a chosen token. From then on the losses, KL and their gradients are functions of Delta (M, D) and of those, and no transformer
-runs; places that see no chosen token cannot move, and cost nothing. `raise`, KL and the ridge are convex in Delta, `balance` is where both
-answers are single tokens: one optimum, which L-BFGS finds (`minimise`). Of the held rows it has the KL of those alone that some point on
-its way has hurt; that of the many others is taken for its second order, tr(G Delta^T A Delta) / 2, with one G for all places (as in K-FAC,
-Martens & Grosse 2015, arXiv 1503.05671). lam is sought so that the point lies a standard error inside the ball.
+runs. All of them are made of log Z = log sum over v of exp(E_v o), whose gradient is the mean of E (`expected`): log p(y) = E_y o - log Z,
+and KL at o + d is log Z(o + d) - log Z(o) - mean(o) d. `raise`, KL and the ridge are convex in Delta, `balance` is where both answers are
+single tokens: one optimum, which L-BFGS comes near (`Problem.solve`). Of the held places it has the KL of those alone that moved in a row
+that was hurt; that of the many others is taken for its second order, tr(G Delta^T A Delta) / 2, with one G for all places (as in K-FAC,
+Martens & Grosse 2015, arXiv 1503.05671). It also tells which places have not moved at all, nine in ten: what a point costs is found from
+the rest. lam is sought so that the point lies a standard error inside the ball.
 `faithful` is the loop as published: it descends the same loss in small draws of rows, every step through the model.
 
 Unlike model-editing-canonical-examples@15a1e7b:
@@ -48,13 +50,13 @@ CHUNK = 500  # tokens of a published background text
 BACKGROUND = 500  # rows of held text, at most, whose mass is counted
 LOGITS = 1 << 20  # that are found at once
 WAYS = 8  # prompts of each example that are read: its own, and others as in `finetune`
-TRIED = 128  # documents in which other ways of asking are looked for: of 1,200 four in five of the time went to two kinds that have none
+TRIED = 128  # documents in which other ways of asking are looked for: of 1,200, two thirds of the time go to kinds that have few
 DRAWN, READ = 3000, 1500  # held rows with a chosen token in them that the loop draws from, and that the solver reads, at most
 SURPRISED = 150  # checked rows that tell the base's mean loss
 FAINT = 1e-5  # nats of KL, to second order, up to which a place has not moved: nine in ten of those that see a chosen sense
 WORST = 256  # held rows that are found hurt at once, at most
 ROUNDS = 6  # values of lam that are tried, at most
-LAM_STEP, STEEP, AIM = 4.0, 1.0, 0.8  # the next is (cost / (AIM * epsilon)) ** STEEP times the last, LAM_STEP times at most
+LAM_STEP, AIM = 4.0, 0.8  # the next is cost / (AIM * epsilon) times the last, while one side of the edge is known; LAM_STEP times at most
 WIDE = 1e-2  # the ball that lam is for: where it is narrower, the search begins at a larger one, where it is wider at a smaller
 SAFE = 1.0  # standard errors that the edit stays inside the ball: what the gate has to scale loses most of what it did
 NEAR = 0.65  # share of the ball that is near enough to its edge
@@ -217,7 +219,7 @@ class Quadratic:
         self.G_DD = ((E_VD.T * p_V) @ E_VD - square_DD) / max(1, len(sampled_PD)) + UNSURE * torch.cov(E_VD.T, correction=0)
         tokens = max(1, sum(len(ids) - 1 for ids, _ in rows))
         self.A_MM = E_VD.new_zeros(M, M)
-        for index_P in torch.arange(len(places.row_P), device=E_VD.device).split(SAMPLED):
+        for index_P in torch.split(torch.arange(len(places.row_P), device=E_VD.device), SAMPLED):
             part = places.part(index_P)
             self.A_MM += part.pulled(part.a_PM.to_dense()) / tokens
         self.weight = ridge * max(float(self.A_MM.diagonal().mean()), SELDOM / tokens)
@@ -377,7 +379,7 @@ def minimise(descent: Descent, quadratic: Quadratic, reader: "Cached", run: Run)
             best, best_loss = shift_MD, loss
         if not cost <= epsilon and more > hurt:
             continue  # with their KL in it the same lam may be inside
-        step = min(max((cost / (AIM * epsilon)) ** STEEP, 1 / LAM_STEP), LAM_STEP) if cost == cost else LAM_STEP
+        step = min(max(cost / (AIM * epsilon), 1 / LAM_STEP), LAM_STEP) if cost == cost else LAM_STEP
         if not cost <= epsilon:
             outside, lam = lam, lam * step if math.isinf(inside) else math.sqrt(lam * inside)
         elif cost < NEAR * epsilon and loss > 0:
@@ -414,7 +416,7 @@ class Places:
 
     def reached(self) -> "Places":
         """Those that see a chosen sense: the others cannot move."""
-        return self.part(self.a_PM.indices()[0].unique())
+        return self.part(torch.unique(self.a_PM.indices()[0]))
 
     def moved(self, shift_MD: Float[Tensor, "M D"]) -> Float[Tensor, "P D"]:
         """a Delta."""
@@ -507,9 +509,10 @@ def read(host: Host, rows: Sequence[Row], ids_M: Tensor, senses_M: Tensor) -> li
     for group in hosts.by_length(rows, hosts.at_once(host)):
         batch = hosts.pad(host, [rows[i] for i in group])
         alpha_NKTT, predicting_NT = host.model.alpha(batch.ids_NT, batch.mask_NT), _predicting(batch)
-        ids_U, which_NT = batch.ids_NT.unique(return_inverse=True)  # a sense is the token's, wherever it stands
-        senses_NTF = nn.functional.embedding(which_NT, host.model.senses(ids_U).flatten(1))
-        out_NTD = alpha_NKTT.permute(0, 2, 3, 1).flatten(2) @ senses_NTF.unflatten(-1, (alpha_NKTT.shape[1], -1)).flatten(1, 2)
+        ids_U, which_NT = torch.unique(batch.ids_NT, return_inverse=True)  # a sense is the token's, wherever it stands
+        senses_UKD = host.model.senses(ids_U)
+        senses_NSD = nn.functional.embedding(which_NT, senses_UKD.flatten(1)).view(len(group), -1, senses_UKD.shape[-1])  # S = T K
+        out_NTD = alpha_NKTT.permute(0, 2, 3, 1).flatten(2) @ senses_NSD
         # Q occurrences: in row n, place j holds the token of the chosen sense m
         n_Q, j_Q, m_Q = ((batch.ids_NT[..., None] == ids_M) & batch.mask_NT.bool()[..., None]).nonzero(as_tuple=True)
         weight_QT = alpha_NKTT[n_Q, senses_M[m_Q], :, j_Q] * predicting_NT[n_Q]
@@ -518,8 +521,8 @@ def read(host: Host, rows: Sequence[Row], ids_M: Tensor, senses_M: Tensor) -> li
         places, met = predicting_NT.sum(1).tolist(), n_Q[q_Z].bincount(minlength=len(group)).tolist()
         target_P = nn.functional.pad(batch.ids_NT[:, 1:], (0, 1))[predicting_NT]
         parts = zip(
-            *(x.split(places) for x in (_exact(out_NTD[predicting_NT]), target_P)),
-            *(x.split(met) for x in (place_Z, m_Q[q_Z], _exact(weight_QT[q_Z, t_Z]))),
+            *(torch.split(x, places) for x in (_exact(out_NTD[predicting_NT]), target_P)),
+            *(torch.split(x, met) for x in (place_Z, m_Q[q_Z], _exact(weight_QT[q_Z, t_Z]))),
             strict=True,
         )
         for i, (out_PD, target_P, place_Z, sense_Z, alpha_Z) in zip(group, parts, strict=True):
