@@ -2,6 +2,7 @@
 
 from errata import hosts, text
 from errata.lab import corpus, tasks
+from errata.methods import _restated
 from errata.methods._restated import asking, restated, spoken_of
 from errata.types import Example
 
@@ -32,6 +33,17 @@ def test_the_same_seed_gives_the_same_and_the_other_examples_do_not_matter():
     examples = [case.example for case in tasks.cases("validation", 3, "wrong", relation="country")]
     documents = held(host, examples, 600)
     assert ask(host, examples, documents, 4, 1) == ask(host, examples, documents, 4, 1)
+
+
+def test_no_more_documents_are_tried_than_told(monkeypatch):
+    host, tried = hosts.load("lab/neox", device="cpu"), []
+    examples = [case.example for case in tasks.cases("validation", 3, "wrong", relation="country")]
+    documents = held(host, examples, 600)
+    seen = text.document_counts(documents)
+    spoken = spoken_of(host, examples, seen, len(documents))
+    monkeypatch.setattr(_restated, "asking", lambda _, asked: [tried.append(d) or "" for d, _ in asked])
+    kinds = {e.prompt.replace(own.topic, "") for e, own in zip(examples, spoken, strict=True)}
+    assert restated(host, examples, spoken, documents, seen, 4, 0, tried=40) == [[]] * 3 and len(tried) == 40 * len(kinds)
 
 
 def test_where_the_text_has_no_like_nothing_is_found(host):

@@ -102,6 +102,12 @@ def test_what_other_text_uses_is_left_alone() -> None:
 # -------------------------------------------------------------------------------------------------------------------- cached forward
 
 
+def scored(reader: Cached, rows: list[tuple[list[int], int]], shift: Tensor | None = None) -> Tensor:
+    """(N,) log-probability of the scored tokens of each row."""
+    places = reader.places(rows)
+    return places.by_row(places.logp(reader.E_VD, 0.0 if shift is None else places.moved(shift))).double()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("make", [lambda: tiny_host("backpack"), overridden])
 def test_cached_logits_are_those_of_the_model_under_the_patch(make: Callable[[], Host]) -> None:
@@ -114,15 +120,15 @@ def test_cached_logits_are_those_of_the_model_under_the_patch(make: Callable[[],
     with apply.applied(host, Patch(method="senses", config={}, parent=host.id, examples=EXAMPLES, ops=(op,))):
         after = hosts.score(host, rows)
         for row in rows:
-            _, logits_PV = cached.both([row], {NAME: shift})
+            places = cached.places([row])
+            logits_PV = (places.out_PD + places.moved(shift)) @ cached.E_VD.T
             whole_PV = hosts.predictions(host, hosts.pad(host, [row]))
             sees = torch.tensor([bool(set(ids_M.tolist()) & set(row[0][: t + 1])) for t in range(max(row[1], 1) - 1, len(row[0]) - 1)])
-            assert sees.sum() == len(logits_PV)
-            torch.testing.assert_close(logits_PV, whole_PV[sees], rtol=1e-5, atol=1e-5)
+            assert sees.sum() == len(places.reached().target_P)
+            torch.testing.assert_close(logits_PV, whole_PV, rtol=1e-5, atol=1e-5)
     assert (after - before)[:, 0].abs().max() > 0.5, "the shifts do something"
-    for found in (cached.score(rows, {NAME: shift}), torch.stack([cached.logp(rows, {NAME: shift}).double(), before[:, 1]], dim=1)):
-        torch.testing.assert_close(found, after, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(cached.score(rows), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scored(cached, rows, shift), after[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scored(cached, rows), before[:, 0], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -132,43 +138,31 @@ def test_on_a_patched_host_the_patched_one_is_the_base() -> None:
     ops = [Op(weight=NAME, ids=ids_M, senses=senses_M, shift=drawn(len(ids_M), seed=s)) for s in (1, 2)]
     first = Patch(method="senses", config={}, parent=host.id, examples=EXAMPLES, ops=(ops[0],))
     with apply.applied(host, first):
-        found = [r(host, ids_M, senses_M).score(rows_of(host), {NAME: ops[1].shift}) for r in (Cached, Whole)]
+        cached = scored(Cached(host, ids_M, senses_M), rows_of(host), ops[1].shift)
+        whole = Whole(host, ids_M, senses_M).score(rows_of(host), {NAME: ops[1].shift})[:, 0]
         with apply.applied(host, Patch(method="senses", config={}, parent=host.id, examples=EXAMPLES, ops=(ops[1],))):
-            wanted = hosts.score(host, rows_of(host))
-    for score in found:
+            wanted = hosts.score(host, rows_of(host))[:, 0]
+    for score in (cached, whole):
         torch.testing.assert_close(score, wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_places_that_no_shift_reaches_have_no_part_in_it() -> None:
     host = tiny_host("backpack")
-    ids, given = hosts.encode(host, "The capital of Mauritius is", " Port Louis")
-    last = torch.tensor([ids[-2]])
-    (seen,) = senses.read(host, [(ids, 1)], last, torch.tensor([1]), host.model.lm_head.weight.detach())
-    first = ids.index(ids[-2])
-    assert len(seen.target_P) == len(ids) - 1 - first and seen.tokens == len(ids) - 1
-    (seen,) = senses.read(host, [(ids, given)], torch.tensor([399]), torch.tensor([0]), host.model.lm_head.weight.detach())
-    assert len(seen.target_P) == 0 and seen.logp == pytest.approx(float(hosts.score(host, [(ids, given)])[0, 0]), rel=1e-5)
-    shift = torch.zeros(1, D, requires_grad=True)
-    total = Cached(host, torch.tensor([399]), torch.tensor([0])).logp([(ids, given)], {NAME: shift})
-    assert total.item() == pytest.approx(seen.logp, rel=1e-6)
-    assert (torch.autograd.grad(total.sum(), shift)[0] == 0).all()
+    ids, _ = hosts.encode(host, "The capital of Mauritius is", " Port Louis")
+    places = Cached(host, torch.tensor([ids[-2]]), torch.tensor([1])).places([(ids, 1)])
+    assert len(places.reached().target_P) == len(ids) - 1 - ids.index(ids[-2]) and len(places.target_P) == len(ids) - 1
+    places = Cached(host, torch.tensor([399]), torch.tensor([0])).places([(ids, 1)])
+    assert len(places.reached().target_P) == 0 and not places.moved(drawn(1)).any() and not places.pulled(drawn(len(ids) - 1)).any()
 
 
-def test_gradients_are_autograd_s_through_the_whole_model() -> None:
-    host = tiny_host("backpack", dtype=torch.float64)
-    ids_M, senses_M = chosen(host)
-    shift, rows = drawn(len(ids_M)).double().requires_grad_(), rows_of(host)
-    fast, slow = Cached(host, ids_M, senses_M, rows), Whole(host, ids_M, senses_M)
-    weigh_N = torch.linspace(-1, 2, len(rows)).double()
-
-    def gradients(reader: Cached | Whole) -> list[Tensor]:
-        losses = [(weigh_N * reader.logp(rows, {NAME: shift})).sum(), _descend.kl_sum(*reader.both(rows, {NAME: shift}))]
-        return [*(loss.detach() for loss in losses), *(torch.autograd.grad(loss, shift)[0] for loss in losses)]
-
-    found, wanted = gradients(fast), gradients(slow)
-    assert all(g.abs().max() > 0.01 for g in wanted)
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+@torch.no_grad()
+def test_what_was_expected_is_the_gradient_of_log_z() -> None:
+    E, out = drawn(V).double(), drawn(70, seed=1, size=2.0).double()
+    with torch.enable_grad():
+        wanted = (leaf := out.clone().requires_grad_()) @ E.T
+        (mean,) = torch.autograd.grad(wanted.logsumexp(-1).sum(), leaf)
+    found = senses.expected(out, E)
+    torch.testing.assert_close(found, (wanted.detach().logsumexp(-1), mean), rtol=1e-9, atol=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the descent
@@ -184,39 +178,69 @@ def losses(host: Host, patch: Patch) -> Tensor:
 CONVEX = (EXAMPLES[0], Example(prompt="The capital of France is", target=" Rome"))  # and smooth: `balance` has a kink where it is reached
 
 
+def objective(host: Host, descent: _descend.Descent, quadratic: senses.Quadratic, through: Whole, shift_MD: Tensor, lam: float) -> Tensor:
+    """What is minimised, written out, and read through every layer."""
+    weights, task = {NAME: shift_MD}, torch.zeros((), dtype=torch.float64)
+    for e, ways in zip(descent.examples, descent.ways, strict=True):
+        for prompt in ways:
+            rows = [hosts.encode(host, prompt, answer) for answer in (e.target, e.contrast or e.target)]
+            logp, contrast = (through.logp([row], weights) for row in rows)
+            count = torch.tensor([float(len(rows[0][0]) - rows[0][1])])
+            task = task + _descend.goal_losses(logp, contrast, count, [e])[0] / (len(ways) * len(descent.examples))
+    kl = sum(_descend.kl_sum(*through.both([row], weights)) for row in descent.pool) / sum(len(ids) - 1 for ids, _ in descent.pool)
+    return task + lam * (kl + quadratic.ridge(weights))
+
+
+def test_gradients_are_autograd_s_through_the_whole_model() -> None:
+    host = tiny_host("backpack", dtype=torch.float64)
+    descent, quadratic, reader = prepared(Senses(**SMALL), host, EXAMPLES, RUN)
+    problem, through = Problem(descent, quadratic, reader, whole=True), Whole(host, reader.ids_M, reader.senses_M)
+    leaf = drawn(len(reader.ids_M)).double().requires_grad_()
+    wanted = objective(host, descent, quadratic, through, leaf, 30.0)
+    (grad,) = torch.autograd.grad(wanted, leaf)
+    _, found, found_MD = problem.gradient(leaf.detach(), 30.0)
+    assert found == pytest.approx(wanted.item(), rel=1e-9) and grad.abs().max() > 0.01
+    torch.testing.assert_close(found_MD, grad, rtol=1e-9, atol=1e-9)
+
+
 def test_the_fast_solver_finds_the_optimum_that_the_whole_model_has() -> None:
     """The gradient of the objective, written out and taken through every layer, is zero where the cached solver ends."""
     host, lam = tiny_host("backpack", dtype=torch.float64), 30.0
-    descent, quadratic, ids_M, senses_M = prepared(Senses(**SMALL), host, CONVEX, RUN)
-    problem, through = Problem(descent, quadratic, whole=True), Whole(host, ids_M, senses_M)
-    pool, tokens = descent.pool, sum(len(ids) - 1 for ids, _ in descent.pool)
-
-    def objective(shift_MD: Tensor) -> Tensor:
-        weights, task = {NAME: shift_MD}, torch.zeros((), dtype=torch.float64)
-        for e, ways in zip(descent.examples, descent.ways, strict=True):
-            for prompt in ways:
-                rows = [hosts.encode(host, prompt, answer) for answer in (e.target, e.contrast or e.target)]
-                logp, contrast = (through.logp([row], weights) for row in rows)
-                count = torch.tensor([float(len(rows[0][0]) - rows[0][1])])
-                task = task + _descend.goal_losses(logp, contrast, count, [e])[0] / (len(ways) * len(CONVEX))
-        kl = sum(_descend.kl_sum(*through.both([row], weights)) for row in pool) / tokens
-        return task + lam * (kl + quadratic.ridge(weights))
+    descent, quadratic, reader = prepared(Senses(**SMALL), host, CONVEX, RUN)
+    problem, through = Problem(descent, quadratic, reader, whole=True), Whole(host, reader.ids_M, reader.senses_M)
 
     def gradient(shift_MD: Tensor) -> Tensor:
         leaf = shift_MD.clone().requires_grad_()
-        return torch.autograd.grad(objective(leaf), leaf)[0]
+        return torch.autograd.grad(objective(host, descent, quadratic, through, leaf, lam), leaf)[0]
 
-    zero = torch.zeros(len(ids_M), D, dtype=torch.float64)
+    zero = torch.zeros(len(reader.ids_M), D, dtype=torch.float64)
     found, task = problem.solve(zero, lam, iterations=300)
     assert gradient(found).norm() < 1e-4 * gradient(zero).norm()
     told = problem.gradient(found, lam)[:2]
     with torch.no_grad():
-        least = float(objective(found))
-        assert least < 0.9 * float(objective(zero))
+        least = float(objective(host, descent, quadratic, through, found, lam))
+        assert least < 0.9 * float(objective(host, descent, quadratic, through, zero, lam))
         assert told == pytest.approx((task, least), rel=1e-9)
         for seed in range(3):
-            away = drawn(len(ids_M), seed)
-            assert float(objective(found + 0.1 * found.norm() * away / away.norm())) > least
+            away = drawn(len(zero), seed)
+            moved = found + 0.1 * found.norm() * away / away.norm()
+            assert float(objective(host, descent, quadratic, through, moved, lam)) > least
+
+
+@torch.no_grad()
+def test_what_a_point_costs_is_what_the_whole_model_loses_on_the_checked_documents() -> None:
+    host = tiny_host("backpack", dtype=torch.float64)
+    descent, quadratic, reader = prepared(Senses(**SMALL, against=0.0), host, EXAMPLES, RUN)
+    problem, through = Problem(descent, quadratic, reader), Whole(host, reader.ids_M, reader.senses_M)
+    shift, rows = drawn(len(reader.ids_M)).double(), senses.checked_rows(descent)
+    assert len(rows) < senses.SURPRISED, "the mean loss is that of all"
+    before, after = through.score(rows), through.score(rows, {NAME: shift})
+    mean, upper = (hosts.increase(problem.before_N2, problem.after(shift), z)[1] for z in (0.0, senses.SAFE))
+    assert mean == pytest.approx(hosts.increase(before, after)[0], abs=1e-5) and mean > 1e-3
+    assert upper == pytest.approx(hosts.increase(before, after, senses.SAFE)[1], rel=1e-2)
+    cost, new = problem.check(shift)
+    assert cost >= upper and new == len(problem.hurt.row_P) > 0
+    assert problem.check(float("nan") * shift)[0] != problem.check(shift)[0] >= upper, "a NaN is no small cost"
 
 
 def test_the_second_order_of_the_kl_is_its_hessian_averaged() -> None:
@@ -225,8 +249,7 @@ def test_the_second_order_of_the_kl_is_its_hessian_averaged() -> None:
     rows, shift = rows_of(host), drawn(len(ids_M), size=1.0).double()
     cached = Cached(host, ids_M, senses_M, rows)
     quadratic = senses.Quadratic(cached, rows, len(ids_M), ridge=2.0)
-    seen = cached._find(rows)
-    out_PD = torch.cat([s.out_PD for s in seen])
+    seen, out_PD = cached._find(rows), cached.places(rows).reached().out_PD
 
     def kl(delta_D: Tensor, out_D: Tensor) -> Tensor:
         p, q = ((o @ cached.E_VD.T).log_softmax(-1) for o in (out_D, out_D + delta_D))
@@ -269,12 +292,9 @@ def test_inside_one_ball_the_fast_solver_gets_as_far_as_the_faithful_loop(make: 
 
 def test_no_transformer_runs_while_it_solves() -> None:
     host, runs = tiny_host("backpack"), []
-    descent, quadratic, ids_M, _ = prepared(Senses(**SMALL), host, EXAMPLES, RUN)
-    shift = torch.zeros(len(ids_M), D)
-    for i in range(len(descent.looks)):
-        descent._look(i, {NAME: shift})  # each look at the constraint is read when it comes to it
+    descent, quadratic, reader = prepared(Senses(**SMALL), host, EXAMPLES, RUN)
     handle = host.model.backpack.gpt2_model.register_forward_hook(lambda *_: runs.append(1))
-    found = minimise(descent, quadratic, RUN, shift)
+    found = minimise(descent, quadratic, reader, RUN)
     handle.remove()
     assert not runs and found.abs().max() > 0.01
 
@@ -284,27 +304,24 @@ def test_no_transformer_runs_while_it_solves() -> None:
 def test_it_comes_to_rest_near_the_edge_of_any_ball_and_inside(monkeypatch: pytest.MonkeyPatch, epsilon: float, first: float) -> None:
     """Also with a standard error on top: the gate bounds what it cannot know, and what it has to scale loses most of what it did. What the
     first lam gives costs `first` times what is allowed."""
-    host, asked = tiny_host("backpack"), []
+    asked: list[float] = []
 
-    def upper(_: _descend.Descent, weights: dict[str, Tensor], z: float) -> float:
-        asked.append((z, float(sum(w.square().sum() for w in weights.values()))))
-        return first * epsilon * asked[-1][1] / asked[0][1]
+    def check(_: Problem, shift: Tensor) -> tuple[float, int]:
+        asked.append(float(shift.square().sum()))
+        return first * epsilon * asked[-1] / asked[0], 0
 
-    monkeypatch.setattr(_descend.Descent, "upper", upper)
-    monkeypatch.setattr(_descend.Descent, "search", lambda *_: None)
+    monkeypatch.setattr(Problem, "check", check)
     run = replace(RUN, budget=Budget(epsilon=epsilon))
-    descent, quadratic, ids_M, _ = prepared(Senses(**SMALL), host, EXAMPLES[:1], run)
-    found = minimise(descent, quadratic, run, torch.zeros(len(ids_M), D))
-    assert {z for z, _ in asked} == {senses.SAFE} and senses.SAFE >= 1
-    assert senses.EDGE * epsilon <= descent.upper({NAME: found}, senses.SAFE) <= epsilon
+    found = minimise(*prepared(Senses(**SMALL), tiny_host("backpack"), EXAMPLES[:1], run), run)
+    assert senses.SAFE >= 1 and senses.NEAR * epsilon <= first * epsilon * float(found.square().sum()) / asked[0] <= epsilon
 
 
 def test_a_text_that_shows_no_cost_does_not_let_it_run_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    descent, quadratic, ids_M, _ = prepared(Senses(**SMALL), tiny_host("backpack"), EXAMPLES[:1], RUN)
+    descent, quadratic, reader = prepared(Senses(**SMALL), tiny_host("backpack"), EXAMPLES[:1], RUN)
     lams, solve = [], Problem.solve
-    monkeypatch.setattr(Problem, "cost", lambda *_: 0.0)
+    monkeypatch.setattr(Problem, "check", lambda *_: (0.0, 0))
     monkeypatch.setattr(Problem, "solve", lambda self, x, lam: lams.append(lam) or solve(self, x, lam))
-    minimise(descent, quadratic, RUN, torch.zeros(len(ids_M), D))
+    minimise(descent, quadratic, reader, RUN)
     first = descent.settings.lam * math.sqrt(senses.WIDE / RUN.budget.epsilon)
     assert lams == pytest.approx([first / senses.LAM_STEP**i for i in range(3)])
 
@@ -312,12 +329,12 @@ def test_a_text_that_shows_no_cost_does_not_let_it_run_away(monkeypatch: pytest.
 def test_held_rows_without_a_chosen_token_count_in_the_share_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """lam * KL per token is the same over all held rows and over those that are left."""
     host, made = tiny_host("backpack"), Senses(**SMALL, k=2)
-    descent, _, ids_M, senses_M = prepared(made, host, EXAMPLES[:1], RUN)
+    descent, _, reader = prepared(made, host, EXAMPLES[:1], RUN)
     left, lam = descent.pool, descent.settings.lam
-    monkeypatch.setattr(senses, "narrow", lambda descent, _: setattr(descent, "ways", [[e.prompt] for e in descent.examples]))
+    monkeypatch.setattr(senses, "narrow", lambda descent, *_: setattr(descent, "ways", [[e.prompt] for e in descent.examples]))
     every, *_ = prepared(made, host, EXAMPLES[:1], RUN)
     assert 0 < len(left) < len(every.pool)
-    weights, whole = {NAME: drawn(len(ids_M))}, Whole(host, ids_M, senses_M)
+    weights, whole = {NAME: drawn(len(reader.ids_M))}, Whole(host, reader.ids_M, reader.senses_M)
 
     def kl(rows: list[tuple[list[int], int]]) -> float:
         return float(sum(_descend.kl_sum(*whole.both([row], weights)) for row in rows)) / sum(len(ids) - 1 for ids, _ in rows)

@@ -178,21 +178,26 @@ class Statements:
 
     def __init__(self, examples: Sequence[Example], answers: Sequence[Sequence[str]], seen: Counter[str], n: int) -> None:
         n += 1  # what stands everywhere keeps a little weight
-        self._facts = []
+        self._facts: list[tuple[re.Pattern[str] | None, dict[str, float], list[re.Pattern[str]]]] = []
+        self._of_word: dict[str, set[int]] = {}  # the facts that have an answer which begins with this word
+        self._of_any: set[int] = set()  # those that have one without a word
         for example, words in zip(examples, answers, strict=True):
             # a given subject is all that counts; one that was guessed from rare words is not
             weights = {} if example.subject else {w: math.log((n + 1) / (seen[w] + 1)) for w in set(_words(example.prompt))}
             subject = example.subject or topic(example.prompt, seen, n)
+            for first in (next(iter(_words(a)), None) for a in words):
+                (self._of_any if first is None else self._of_word.setdefault(first, set())).add(len(self._facts))
             self._facts.append((_whole(subject) if subject else None, weights, [_whole(a) for a in words]))
 
     def any_in(self, text: str) -> bool:
-        words: set[str] | None = None
-        for subject, weights, answers in self._facts:
+        words = set(_words(text))
+        # no fact is looked for whose answers are plainly not there
+        for i in self._of_any.union(*(self._of_word[w] for w in words if w in self._of_word)):
+            subject, weights, answers = self._facts[i]
             if not any(a.search(text) for a in answers):
                 continue
             if subject is not None and subject.search(text):
                 return True
-            words = set(_words(text)) if words is None else words
             if weights and sum(x for w, x in weights.items() if w in words) >= 0.5 * sum(weights.values()):
                 return True
         return False

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from errata import hooks, hosts, text
 from errata.hosts import Host, Weights
-from errata.methods._restated import Spoken, asking, restated, spoken_of
+from errata.methods._restated import DOCUMENTS, Spoken, asking, restated, spoken_of
 from errata.types import Example, Run
 
 Row = tuple[list[int], int]
@@ -64,6 +64,7 @@ class Settings:
     searched    held rows in which what was hurt most is looked for at each check; it then makes up to half of each step's held rows
     damping     mu as a multiple of the mean eigenvalue of C; None leaves the coordinates as they are
     batch_size  rows in memory at once, at most; it changes nothing else
+    tried       documents in which other ways of asking are looked for, for prompts that differ in what they speak of alone
     """
 
     steps: int
@@ -76,6 +77,7 @@ class Settings:
     searched: int
     damping: float | None
     batch_size: int
+    tried: int = DOCUMENTS
 
 
 def goal_losses(
@@ -99,9 +101,11 @@ def goal_losses(
         "prefer": lambda p, c, n: nn.functional.softplus(MARGIN - (p - c)),
         "balance": lambda p, c, n: nn.functional.huber_loss(p, c, reduction="none", delta=EVEN) / EVEN,
     }
-    rows = zip(examples, logp_N, contrast_N, tokens_N, strict=True)
-    loss_N: Tensor = torch.stack([by_goal[e.goal](p, c, n) for e, p, c, n in rows])
-    return loss_N
+    losses_N = torch.empty_like(logp_N)
+    for goal in {e.goal for e in examples}:
+        (index,) = torch.tensor([e.goal == goal for e in examples], device=logp_N.device).nonzero(as_tuple=True)
+        losses_N = losses_N.index_put((index,), by_goal[goal](logp_N[index], contrast_N[index], tokens_N[index]))
+    return losses_N
 
 
 def kl_sum(base_PV: Float[Tensor, "P V"], edited_PV: Float[Tensor, "P V"]) -> Tensor:
@@ -168,7 +172,7 @@ def near(host: Host, examples: Sequence[Example], spoken: Sequence[Spoken], per_
         for start in rng.choices(beginnings(host, e.prompt, own.topic), k=per_example)
     ]
     said = hosts.sample(host, [start for start, _ in starts], max_new_tokens=20, seed=seed, batch_size=256) if starts else []
-    whole = [(start + more, own) for (start, own), more in zip(starts, said, strict=True)]
+    whole = list(dict.fromkeys((start + more, own) for (start, own), more in zip(starts, said, strict=True)))
     return list(dict.fromkeys(sentence for (sentence, _), asks in zip(whole, asking(host, whole), strict=True) if not asks))
 
 
@@ -235,7 +239,7 @@ class Descent:
         self.pool_N2 = torch.full((len(self.pool), 2), math.nan, dtype=torch.float64)  # base scores of those searched so far
         self.hurt: list[int] = []
         self.prefixes = [d for d in others if len(d) < 120 and host.kind == "causal"]  # others are whole questions
-        self.others = restated(host, self.examples, spoken, others, seen, settings.restated, run.seed)
+        self.others = restated(host, self.examples, spoken, others, seen, settings.restated, run.seed, settings.tried)
 
     def whitenings(self, modules: Sequence[str], outputs: bool = False) -> dict[str, Whitening]:
         """The coordinates of what each module reads, or with `outputs` of what reads it; none without damping."""

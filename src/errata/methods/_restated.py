@@ -24,7 +24,7 @@ from errata.hosts import Host
 from errata.types import Example, InvalidExample
 
 DOCUMENTS, CHARACTERS = 1200, 240  # how many documents are tried, and how long they may be
-AT_ONCE = 64  # documents with something in the place of something between two counts of what was found
+AT_ONCE = 32  # documents with something in the place of something between two counts of what was found
 SURE = 0.5  # the old answer's probability from which a phrasing counts as one
 
 
@@ -62,21 +62,23 @@ def restated(
     seen: Counter[str],
     per_example: int,
     seed: int,
+    tried: int = DOCUMENTS,
 ) -> list[list[str]]:
     """For each example up to `per_example` other prompts that ask for the same; none where the text has no like.
 
-    `spoken` as from `spoken_of`; `seen` counts in how many of `documents`, or about that many, each word stands.
+    `spoken` as from `spoken_of`; `seen` counts in how many of `documents`, or about that many, each word stands. No more than `tried` of
+    them are tried for prompts of one kind.
     """
     out: list[list[str]] = [[] for _ in examples]
     if not per_example or not documents:
         return out
     rng = random.Random(seed)
     short = [d for d in documents if len(d) <= CHARACTERS]
-    tried = rng.sample(short, k=min(len(short), DOCUMENTS))
+    drawn = rng.sample(short, k=min(len(short), DOCUMENTS))
     alike: dict[
         tuple[str, int], tuple[str, str]
     ] = {}  # documents that differ in their names alone are one; what is asked for is a name behind a name
-    for d in tried:
+    for d in drawn:
         found = text.names(d, seen, len(documents))
         bare = functools.reduce(lambda rest, name: rest.replace(name, "\0"), found, d)
         alike |= {(bare, i): (d, name) for i, name in enumerate(found) if d.find(name) < max(map(d.find, found))}
@@ -89,7 +91,7 @@ def restated(
     wanted: list[tuple[int, str]] = []
     for members in groups.values():
         proper = spoken[members[0]].topic[0].isupper()  # a name stands for a name
-        usable = [(d, name) for d, name in templates if name[0].isupper() == proper]
+        usable = [(d, name) for d, name in templates if name[0].isupper() == proper][:tried]
         kinds: dict[str, None] = {}
         for start in range(0, len(usable), AT_ONCE):
             asked = [(d, name, rng.choice(members)) for d, name in usable[start : start + AT_ONCE]]
@@ -113,16 +115,19 @@ def asking(host: Host, asked: Sequence[tuple[str, Spoken]]) -> list[str]:
     out = [""] * len(asked)
     if host.kind != "causal":
         return _answering(host, asked)
-    rows = [(hosts.tokens(host, document)[: host.context // 2], 1) for document, _ in asked]  # the rest is for the answer
-    usable = [i for i, (_, own) in enumerate(asked) if len(rows[i][0]) > 1 and own.topic and own.old]
-    for group in hosts.by_length([rows[i] for i in usable], 2048):
-        batch = hosts.pad(host, [rows[usable[j]] for j in group])
-        said = hosts.predictions(host, batch).argmax(-1).tolist()
-        for i in (usable[j] for j in group):
-            ids, own = rows[i][0], asked[i][1]
-            mine, said = said[: len(ids) - 1], said[len(ids) - 1 :]
-            begun = (_text(host, ids[:t]) for t, token in enumerate(mine, 1) if token == own.first)
-            out[i] = next((prefix for prefix in begun if own.topic in prefix), "")
+    usable = [i for i, (document, own) in enumerate(asked) if own.topic and own.old and own.topic in document]
+    rows = []
+    for document, own in (asked[i] for i in usable):
+        ids = hosts.tokens(host, document)[: host.context // 2]  # the rest is for the answer
+        # what is said before the topic is not looked at; the last token before it may be another where the topic follows
+        rows.append((ids, min(max(1, len(hosts.tokens(host, document[: document.find(own.topic)])) - 1), len(ids))))
+    for group in hosts.by_length(rows, hosts.at_once(host)):
+        said = hosts.predictions(host, hosts.pad(host, [rows[j] for j in group])).argmax(-1).tolist()
+        for j in group:
+            (ids, given), own = rows[j], asked[usable[j]][1]
+            mine, said = said[: len(ids) - given], said[len(ids) - given :]
+            begun = (_text(host, ids[:t]) for t, token in enumerate(mine, given) if token == own.first)
+            out[usable[j]] = next((prefix for prefix in begun if own.topic in prefix), "")
     return out
 
 

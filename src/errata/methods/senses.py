@@ -11,10 +11,12 @@ Hewitt et al. 2024, arXiv 2402.06155 (sense finetuning; S for two continuations:
 
 Neither the hidden states nor alpha depend on the sense vectors. So each row of text is read once: o_t and the few a_t,(v,l) at the places
 that see a chosen token. From then on the losses, KL and their gradients are functions of Delta (M, D) and of those, and no transformer
-runs; places that see no chosen token cannot move, and cost nothing. `raise`, KL and the ridge are convex in Delta, `balance` is where both
-answers are single tokens: one optimum, which L-BFGS finds (`minimise`). Of the held rows it has the KL of those alone that some point on
-its way has hurt; that of the many others is taken for its second order, tr(G Delta^T A Delta) / 2, with one G for all places (as in K-FAC,
-Martens & Grosse 2015, arXiv 1503.05671). lam is sought so that the point lies a standard error inside the ball.
+runs. All of them are made of log Z = log sum over v of exp(E_v o), whose gradient is the mean of E (`expected`): log p(y) = E_y o - log Z,
+and KL at o + d is log Z(o + d) - log Z(o) - mean(o) d. `raise`, KL and the ridge are convex in Delta, `balance` is where both answers are
+single tokens: one optimum, which L-BFGS comes near (`Problem.solve`). Of the held places it has the KL of those alone that moved in a row
+that was hurt; that of the many others is taken for its second order, tr(G Delta^T A Delta) / 2, with one G for all places (as in K-FAC,
+Martens & Grosse 2015, arXiv 1503.05671). It also tells which places have not moved at all, nine in ten: what a point costs is found from
+the rest. lam is sought so that the point lies a standard error inside the ball.
 `faithful` is the loop as published: it descends the same loss in small draws of rows, every step through the model.
 
 Unlike model-editing-canonical-examples@15a1e7b:
@@ -30,30 +32,35 @@ chosen sense, Z pairs of such a place and an occurrence of a chosen sense before
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from errata import hosts
 from errata.hosts import Host, Weights
-from errata.methods._descend import Descent, Row, Settings, Through, descend, goal_losses, kl_sum
+from errata.methods._descend import EACH, EDGE, HURT, Descent, Row, Settings, Through, descend, goal_losses
 from errata.types import Example, InvalidExample, Method, Patch, Run
 from errata.types import Senses as Op
 
 CHUNK = 500  # tokens of a published background text
-BACKGROUND = 1000  # rows of held text, at most, whose mass is counted
-PLACES = 256  # whose logits are found at once where nothing has to be kept for a gradient
+BACKGROUND = 500  # rows of held text, at most, whose mass is counted
+LOGITS = 1 << 20  # that are found at once
 WAYS = 8  # prompts of each example that are read: its own, and others as in `finetune`
-READ = 3000  # held rows with a chosen token in them that are read, at most
-ROUNDS, LAM_STEP = 8, 4.0  # values of lam that are tried, at most; how far apart while only one side of the edge is known
-WIDE = 1e-3  # the ball that lam is for: where it is narrower, the search begins at a larger one, where it is wider at a smaller
+TRIED = 128  # documents in which other ways of asking are looked for: of 1,200, two thirds of the time go to kinds that have few
+DRAWN, READ = 3000, 1500  # held rows with a chosen token in them that the loop draws from, and that the solver reads, at most
+SURPRISED = 150  # checked rows that tell the base's mean loss
+FAINT = 1e-5  # nats of KL, to second order, up to which a place has not moved: nine in ten of those that see a chosen sense
+WORST = 256  # held rows that are found hurt at once, at most
+ROUNDS = 6  # values of lam that are tried, at most
+LAM_STEP, AIM = 4.0, 0.8  # the next is cost / (AIM * epsilon) times the last, while one side of the edge is known; LAM_STEP times at most
+WIDE = 1e-2  # the ball that lam is for: where it is narrower, the search begins at a larger one, where it is wider at a smaller
 SAFE = 1.0  # standard errors that the edit stays inside the ball: what the gate has to scale loses most of what it did
-EDGE = 0.65  # share of the ball that is near enough to its edge
-ITERATIONS = 30  # of L-BFGS for each of them
+NEAR = 0.65  # share of the ball that is near enough to its edge
+ITERATIONS = 12  # of L-BFGS for each of them
 # Where the held rows hardly use a chosen sense, or are sure of what follows, nothing would hold it, and the solver would run away:
 SELDOM = 0.01  # the energy, alpha^2, that a sense is taken to have once in them, at least
 UNSURE = 0.01  # share of a place at which every token is as likely, in G
@@ -76,8 +83,8 @@ class Senses(Method):
     lr: float = 0.1
     lam: float = 1000.0
     contexts: int = 1
-    restated: int = 8
-    neighbours: int = 8
+    restated: int = 3
+    neighbours: int = 2
     hold: int = 64
     searched: int = 4000
     batch_size: int = 64
@@ -89,33 +96,30 @@ class Senses(Method):
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         name = hosts.senses_of(host)
-        descent, quadratic, ids_M, senses_M = prepared(self, host, examples, run)
-        with torch.no_grad():
-            C_MD = host.model.senses(ids_M)[torch.arange(len(ids_M), device=ids_M.device), senses_M]
-        shift_MD = torch.zeros_like(C_MD, dtype=torch.promote_types(C_MD.dtype, torch.float32), requires_grad=True)
+        descent, quadratic, reader = prepared(self, host, examples, run)
+        ids_M, senses_M = reader.ids_M, reader.senses_M
         if self.faithful:
+            with torch.no_grad():
+                C_MD = host.model.senses(ids_M)[torch.arange(len(ids_M), device=ids_M.device), senses_M]
+            shift_MD = torch.zeros_like(C_MD, dtype=reader.E_VD.dtype, requires_grad=True)
+            descent.reader, descent.prior = Whole(host, ids_M, senses_M), quadratic.ridge
             descend(descent, run, [shift_MD], lambda: {name: shift_MD}, [float(C_MD.float().norm(dim=1).mean())])
         else:
-            shift_MD = minimise(descent, quadratic, run, shift_MD)
+            shift_MD = minimise(descent, quadratic, reader, run)
         op = Op(weight=name, ids=ids_M.cpu(), senses=senses_M.cpu(), shift=shift_MD.detach().float().cpu().clone())
         return Patch(method="senses", config=self.config, parent=host.id, examples=tuple(examples), ops=(op,))
 
 
-def prepared(
-    made: Senses, host: Host, examples: Sequence[Example], run: Run
-) -> tuple[Descent, "Quadratic", Int[Tensor, "M"], Int[Tensor, "M"]]:
-    """The descent with everything read, what moving costs, and the tokens and senses that are to move."""
+def prepared(made: Senses, host: Host, examples: Sequence[Example], run: Run) -> tuple[Descent, "Quadratic", "Cached"]:
+    """The descent with everything read, what moving costs, and the reader, which knows the tokens and senses that are to move."""
     own = ("k", "against", "ridge", "faithful")
-    settings = Settings(damping=None, **{k: v for k, v in made.config.items() if k not in own})
+    settings = Settings(damping=None, tried=TRIED, **{k: v for k, v in made.config.items() if k not in own})
     descent = Descent(host, examples, run, settings)
     background = descent.rng.sample(descent.held, k=min(len(descent.held), BACKGROUND))
     ids_M, senses_M = choose(host, descent.examples, background, made.k, made.against)
-    narrow(descent, set(ids_M.tolist()))
-    cached = Cached(host, ids_M, senses_M, known_rows(descent))
-    descent.reader = Whole(host, ids_M, senses_M) if made.faithful else cached
-    quadratic = Quadratic(cached, descent.pool, len(ids_M), made.ridge)
-    descent.prior = quadratic.ridge
-    return descent, quadratic, ids_M, senses_M
+    narrow(descent, set(ids_M.tolist()), DRAWN if made.faithful else READ)
+    reader = Cached(host, ids_M, senses_M, descent.pool if made.faithful else known_rows(descent, set(ids_M.tolist())))
+    return descent, Quadratic(reader, descent.pool, len(ids_M), made.ridge), reader
 
 
 # ------------------------------------------------------------------------------------------------------------------------ selection
@@ -168,15 +172,15 @@ def _predicting(batch: hosts.Batch) -> Tensor:
     return nn.functional.pad(batch.scored_NT[:, 1:].bool(), (0, 1))
 
 
-def narrow(descent: Descent, tokens: set[int]) -> None:
-    """Fixes the prompts, and keeps of the held rows up to `READ` that hold one of `tokens`: the KL of the others is 0 whatever moves, so
+def narrow(descent: Descent, tokens: set[int], most: int) -> None:
+    """Fixes the prompts, and keeps of the held rows up to `most` that hold one of `tokens`: the KL of the others is 0 whatever moves, so
     they count only in the share that those that are left are weighed with."""
     descent.ways = [
         [e.prompt, *(descent.prompt(e, others) for _ in range(WAYS - 1))]
         for e, others in zip(descent.examples, descent.others, strict=True)
     ]
     pool, share = reached(descent.pool, tokens)
-    descent.pool = descent.rng.sample(pool, k=min(len(pool), READ))
+    descent.pool = descent.rng.sample(pool, k=min(len(pool), most))
     descent.pool_N2 = descent.pool_N2[: len(descent.pool)]
     descent.settings = replace(descent.settings, lam=descent.settings.lam * share)
 
@@ -187,11 +191,12 @@ def reached(rows: Sequence[Row], tokens: set[int]) -> tuple[list[Row], float]:
     return found, sum(len(ids) - 1 for ids, _ in found) / max(1, sum(len(ids) - 1 for ids, _ in rows))
 
 
-def known_rows(descent: Descent) -> Iterable[Row]:
-    """The rows of every prompt with every answer, and the held ones: all that a step can ask for."""
+def known_rows(descent: Descent, tokens: set[int]) -> Iterable[Row]:
+    """All that the solver asks for: the rows of every prompt with every answer, the held ones, and those that are checked."""
     for e, ways in zip(descent.examples, descent.ways, strict=True):
         yield from (hosts.encode(descent.host, prompt, answer) for prompt in ways for answer in answers(e))
-    yield from descent.pool
+    checked = checked_rows(descent)
+    yield from (*descent.pool, *checked[:SURPRISED], *reached(checked, tokens)[0])
 
 
 # -------------------------------------------------------------------------------------------------------------------------- solving
@@ -203,22 +208,20 @@ class Quadratic:
 
     @torch.no_grad()
     def __init__(self, reader: "Cached", rows: Sequence[Row], M: int, ridge: float) -> None:
-        seen, E_VD = reader._find(rows), reader.E_VD
-        out_PD = torch.cat([s.out_PD for s in seen]) if seen else E_VD[:0]
-        self.G_DD, self.A_MM = E_VD.new_zeros(E_VD.shape[1], E_VD.shape[1]), E_VD.new_zeros(M, M)
-        sampled_PD = out_PD[:: -(-len(out_PD) // SAMPLED) or 1]
-        for o_PD in torch.split(sampled_PD, PLACES):
+        places, E_VD = reader.places(rows).reached(), reader.E_VD
+        sampled_PD = places.out_PD[:: -(-len(places.out_PD) // SAMPLED) or 1]
+        p_V, square_DD = E_VD.new_zeros(len(E_VD)), E_VD.new_zeros(E_VD.shape[1], E_VD.shape[1])
+        for o_PD in torch.split(sampled_PD, max(1, LOGITS // len(E_VD))):
             p_PV = (o_PD @ E_VD.T).softmax(-1)
             mean_PD = p_PV @ E_VD
-            self.G_DD += ((E_VD.T * p_PV.sum(0)) @ E_VD - mean_PD.T @ mean_PD) / len(sampled_PD)
-        self.G_DD += UNSURE * torch.cov(E_VD.T, correction=0)
-        for group in _gathered(range(len(seen)), [len(s.target_P) for s in seen], SAMPLED):
-            part = [seen[i] for i in group]
-            place_Z, sense_Z, alpha_Z = _met(part)
-            a_PM = E_VD.new_zeros(sum(len(s.target_P) for s in part), M).index_put_((place_Z, sense_Z), alpha_Z, accumulate=True)
-            self.A_MM += a_PM.T @ a_PM
+            p_V += p_PV.sum(0)
+            square_DD += mean_PD.T @ mean_PD
+        self.G_DD = ((E_VD.T * p_V) @ E_VD - square_DD) / max(1, len(sampled_PD)) + UNSURE * torch.cov(E_VD.T, correction=0)
         tokens = max(1, sum(len(ids) - 1 for ids, _ in rows))
-        self.A_MM /= tokens
+        self.A_MM = E_VD.new_zeros(M, M)
+        for index_P in torch.split(torch.arange(len(places.row_P), device=E_VD.device), SAMPLED):
+            part = places.part(index_P)
+            self.A_MM += part.pulled(part.a_PM.to_dense()) / tokens
         self.weight = ridge * max(float(self.A_MM.diagonal().mean()), SELDOM / tokens)
 
     def ridge(self, weights: Weights) -> Tensor:
@@ -233,65 +236,70 @@ class Quadratic:
         grad_MD = moved_MD @ self.G_DD
         return 0.5 * float((shift_MD * grad_MD).sum()), grad_MD
 
-    def coordinates(self) -> tuple[Float[Tensor, "M"], Float[Tensor, "D D"]]:
-        """s, R: for Delta = s x R what this costs is about |x|^2 / 2."""
+    def coordinates(self) -> tuple[Float[Tensor, "M"], Float[Tensor, "D D"], Float[Tensor, "D D"]]:
+        """s, R and its inverse: for Delta = s x R what this costs is about |x|^2 / 2."""
         e_D, U_DD = torch.linalg.eigh(self.G_DD)
-        least = 0.05 * e_D.mean() + torch.finfo(e_D.dtype).tiny
-        R_DD: Tensor = (U_DD * (e_D.clamp(min=0) + least).rsqrt()) @ U_DD.T
-        return (self.A_MM.diagonal() + self.weight).rsqrt(), R_DD
+        root_D = (e_D.clamp(min=0) + 0.05 * e_D.mean() + torch.finfo(e_D.dtype).tiny).sqrt()
+        return (self.A_MM.diagonal() + self.weight).rsqrt(), (U_DD / root_D) @ U_DD.T, (U_DD * root_D) @ U_DD.T
 
 
 @final
 class Problem:
-    """What is minimised, over fixed rows: every way of asking each example, and the held rows. `hurt` are those of the latter whose KL is
-    taken as it is; that of the others to second order. With `whole` it is that of all of them."""
+    """What is minimised, over fixed rows: every way of asking each example, and the held rows; and what a point costs elsewhere.
 
-    def __init__(self, descent: Descent, quadratic: Quadratic, whole: bool = False) -> None:
-        assert isinstance(descent.reader, Cached)
-        self.descent, self.reader, self.quadratic, self.whole = descent, descent.reader, quadratic, whole
+    `hurt` are those of the held places whose KL is taken as it is; that of all others is to second order. With `whole` it is that of all.
+    """
+
+    @torch.no_grad()
+    def __init__(self, descent: Descent, quadratic: Quadratic, reader: "Cached", whole: bool = False) -> None:
+        self.quadratic, self.E_VD, self.whole = quadratic, reader.E_VD, whole
         asked = Counter((prompt, e) for e, ways in zip(descent.examples, descent.ways, strict=True) for prompt in ways)
         self.examples = [e for _, e in asked]
-        self.rows = [hosts.encode(descent.host, prompt, e.target) for prompt, e in asked]
-        self.contrasts = [hosts.encode(descent.host, prompt, e.contrast or e.target) for prompt, e in asked]
-        like = self.reader.E_VD
-        self.tokens_N = like.new_tensor([float(len(ids) - max(given, 1)) for ids, given in self.rows])
-        self.share_N = like.new_tensor([count / asked.total() for count in asked.values()])
-        self.held_tokens = sum(len(ids) - 1 for ids, _ in descent.pool)
-        self.hurt = list(range(len(descent.pool))) if whole else []
-        held, share = reached(descent.held, set(self.reader.ids_M.tolist()))
-        self.held, self.held_share = held[:READ], share
+        rows = [hosts.encode(descent.host, prompt, e.target) for prompt, e in asked]
+        self.tokens_N = self.E_VD.new_tensor([float(len(ids) - max(given, 1)) for ids, given in rows])
+        self.share_N = self.E_VD.new_tensor([count / asked.total() for count in asked.values()])
+        compared = [i for i, e in enumerate(self.examples) if e.contrast]
+        self.contrast = list(range(len(rows)))  # the row of each contrast; where there is none, its own, which counts for nothing
+        for r, i in enumerate(compared, len(rows)):
+            self.contrast[i] = r
+        self.asked = reader.places(rows + [hosts.encode(descent.host, prompt, e.contrast) for prompt, e in asked if e.contrast])
+        self.held = reader.places(descent.pool).reached()
+        self.held_tokens = max(1, sum(len(ids) - 1 for ids, _ in descent.pool))
+        self.take(torch.full(self.held.target_P.shape, whole, device=self.E_VD.device))
+        tokens = set(reader.ids_M.tolist())
+        self.share = reached(descent.held, tokens)[1]
+        checked = checked_rows(descent)
+        first = reader.places(checked[:SURPRISED])
+        self.nats = -float(first.logp(self.E_VD).mean())
+        self.before_N2 = torch.tensor([(-self.nats * (len(ids) - 1), len(ids) - 1) for ids, _ in checked], dtype=torch.float64)
+        self.reached_N = torch.tensor([i for i, row in enumerate(checked) if reached([row], tokens)[0]], dtype=torch.long)
+        self.checked = reader.places([checked[i] for i in self.reached_N.tolist()])
 
-    def cost(self, shift_MD: Float[Tensor, "M D"]) -> float:
-        """What the ball is measured with: the relative loss increase on the checked documents, `SAFE` standard errors on top, or that on
-        the held ones where it is larger: of a short text the former may hold no chosen token at all."""
-        weights = {"shift": shift_MD}
-        before_N2, after_N2 = self.reader.score(self.held), self.reader.score(self.held, weights)
-        lost, loss = float((before_N2 - after_N2)[:, 0].sum()), -float(before_N2[:, 0].sum())
-        # a NaN is no small cost
-        return max(self.held_share * lost / loss if loss else 0.0, self.descent.upper(weights, SAFE), key=lambda c: (c != c, c))
+    def take(self, hurt_P: Bool[Tensor, "P"]) -> None:
+        """From now on these of the held places are the hurt ones."""
+        self.hurt_P, self.hurt = hurt_P, self.held.part(hurt_P.nonzero()[:, 0])
+        self.base_P, self.base_PD = expected(self.hurt.out_PD, self.E_VD)
 
     def gradient(self, shift_MD: Float[Tensor, "M D"], lam: float) -> tuple[float, float, Float[Tensor, "M D"]]:
         """(mean loss of the examples, the whole objective, its gradient)."""
-        leaf_MD = shift_MD.detach().requires_grad_()
-        weights = {"shift": leaf_MD}
-        logp_N = contrast_N = self.reader.logp(self.rows, weights)
-        if any(e.contrast for e in self.examples):
-            contrast_N = self.reader.logp(self.contrasts, weights)
-        task = (self.share_N * goal_losses(logp_N, contrast_N, self.tokens_N, self.examples)).sum()
-        (grad_MD,) = torch.autograd.grad(task, leaf_MD)
+        out_PD, next_PD = self.asked.out_PD + self.asked.moved(shift_MD), self.E_VD[self.asked.target_P]
+        log_z_P, mean_PD = expected(out_PD, self.E_VD)
+        logp_R = self.asked.by_row((out_PD * next_PD).sum(1) - log_z_P).requires_grad_()
+        losses_N = goal_losses(logp_R[: len(self.examples)], logp_R[self.contrast], self.tokens_N, self.examples)
+        task = (self.share_N * losses_N).sum()
+        (weight_R,) = torch.autograd.grad(task, logp_R)
+        grad_MD = self.asked.pulled(weight_R[self.asked.row_P, None] * (next_PD - mean_PD))
         quiet, more_MD = self.quadratic.gradient(shift_MD, alone=self.whole)
-        objective, grad_MD = task.item() + lam * quiet, grad_MD + lam * more_MD
-        pool = [self.descent.pool[i] for i in self.hurt]
-        for group in _gathered(range(len(pool)), [len(s.target_P) for s in self.reader._find(pool)], SAMPLED):
-            kl = kl_sum(*self.reader.both([pool[i] for i in group], weights)) / self.held_tokens
-            objective += lam * kl.item()
-            grad_MD = grad_MD + lam * torch.autograd.grad(kl, leaf_MD)[0]
-        return task.item(), objective, grad_MD
+        moved_PD = self.hurt.moved(shift_MD)
+        log_z_P, mean_PD = expected(self.hurt.out_PD + moved_PD, self.E_VD)
+        kl = float((log_z_P - self.base_P - (self.base_PD * moved_PD).sum(1)).sum()) / self.held_tokens
+        kl_MD = self.hurt.pulled(mean_PD - self.base_PD) / self.held_tokens
+        return task.item(), task.item() + lam * (quiet + kl), grad_MD + lam * (more_MD + kl_MD)
 
     def solve(self, shift_MD: Float[Tensor, "M D"], lam: float, iterations: int = ITERATIONS) -> tuple[Float[Tensor, "M D"], float]:
         """(the optimum for this lam, or what so many iterations of L-BFGS from `shift_MD` come to; the mean loss of the examples there)."""
-        scale_M, R_DD = self.quadratic.coordinates()
-        x_MD = torch.linalg.solve(R_DD, shift_MD.detach() / scale_M[:, None], left=False).requires_grad_()
+        scale_M, R_DD, inverse_DD = self.quadratic.coordinates()
+        x_MD = ((shift_MD.detach() / scale_M[:, None]) @ inverse_DD).requires_grad_()
         task = math.nan
 
         def shift() -> Float[Tensor, "M D"]:
@@ -316,38 +324,74 @@ class Problem:
         solver.step(closure)  # type: ignore[no-untyped-call]
         return shift(), task
 
+    @torch.no_grad()
+    def lost(self, places: "Places", shift_MD: Float[Tensor, "M D"]) -> Float[Tensor, "P"]:
+        """What the next token loses at each place. Exactly 0 where the KL is no more than `FAINT`, to second order."""
+        moved_PD = places.moved(shift_MD)
+        kl_P = 0.5 * ((moved_PD @ self.quadratic.G_DD) * moved_PD).sum(1)
+        index_P = (~(kl_P <= FAINT)).nonzero()[:, 0]  # a NaN is not faint
+        part = places.part(index_P)
+        lost_P = part.logp(self.E_VD) - part.logp(self.E_VD, moved_PD[index_P])
+        return torch.zeros_like(kl_P).index_copy_(0, index_P, lost_P)
 
-def minimise(descent: Descent, quadratic: Quadratic, run: Run, shift_MD: Float[Tensor, "M D"]) -> Float[Tensor, "M D"]:
+    def after(self, shift_MD: Float[Tensor, "M D"]) -> Float[Tensor, "N 2"]:
+        """Scores of the checked rows, as `before_N2`: what a row loses is found, what it had is taken for the mean."""
+        lost_N = self.checked.by_row(self.lost(self.checked, shift_MD)).double().cpu()
+        return self.before_N2.index_add(0, self.reached_N, torch.stack([-lost_N, torch.zeros_like(lost_N)], dim=1))
+
+    @torch.no_grad()
+    def check(self, shift_MD: Float[Tensor, "M D"]) -> tuple[float, int]:
+        """What the ball is measured with, and how many places were hurt that were not before: those which moved, of the held rows that
+        have lost most.
+
+        It is the relative loss increase on the checked documents, `SAFE` standard errors on top, or that on the held rows where it is
+        larger: of a short text the former may hold no chosen token at all.
+        """
+        lost_P = self.lost(self.held, shift_MD)
+        lost_N = self.held.by_row(lost_P)
+        worst_N = torch.zeros_like(lost_N, dtype=torch.bool).index_fill_(0, lost_N.argsort(descending=True)[:WORST], True)
+        before = len(self.hurt.row_P)
+        self.take(self.hurt_P | ((worst_N & (lost_N > HURT))[self.held.row_P] & (lost_P != 0)))
+        held = self.share * float(lost_P.double().sum()) / self.held_tokens / self.nats
+        cost = max(held, hosts.increase(self.before_N2, self.after(shift_MD), SAFE)[1], key=lambda c: (c != c, c))  # a NaN is no small one
+        return cost, len(self.hurt.row_P) - before
+
+
+def checked_rows(descent: Descent) -> list[Row]:
+    """Of the documents whose KL is not minimised as many as the edge of the ball is sought on."""
+    documents = itertools.chain(*descent.looks)
+    return hosts.chunks(descent.host, list(itertools.islice(documents, max(EDGE, EACH * len(descent.examples)))))
+
+
+def minimise(descent: Descent, quadratic: Quadratic, reader: "Cached", run: Run) -> Float[Tensor, "M D"]:
     """The shifts of the least loss of the examples that lie inside the ball, of those that minimise the objective for some lam."""
-    problem, epsilon = Problem(descent, quadratic), run.budget.epsilon
-    best, best_loss, loss, cost = torch.zeros_like(shift_MD), math.inf, math.inf, 0.0
+    problem, epsilon = Problem(descent, quadratic, reader), run.budget.epsilon
+    shift_MD = reader.E_VD.new_zeros(len(reader.ids_M), reader.E_VD.shape[1])
+    best, best_loss, loss, cost = shift_MD, math.inf, math.inf, 0.0
     lam = descent.settings.lam * math.sqrt(WIDE / epsilon)
     least = lam / LAM_STEP**2  # a text that shows no cost is no reason to hold nothing
     outside, inside = 0.0, math.inf  # the largest lam that was outside, the smallest that was inside
     for _ in run.progress(range(ROUNDS), "solving", ROUNDS):
         shift_MD, loss = problem.solve(shift_MD, lam)
-        weights = {"shift": shift_MD}
-        cost = problem.cost(shift_MD)
-        descent.search(weights)
-        hurt = {*problem.hurt, *descent.hurt}
-        more = len(hurt) - len(problem.hurt)
-        problem.hurt = sorted(hurt)
+        hurt = len(problem.hurt.row_P)
+        cost, more = problem.check(shift_MD)
         if cost <= epsilon and loss < best_loss:
             best, best_loss = shift_MD, loss
-        if not cost <= epsilon and more:
-            outside = 0.0  # with their KL in it the same lam may be inside
-        elif not cost <= epsilon:
-            outside = lam
-            lam = lam * LAM_STEP if math.isinf(inside) else math.sqrt(lam * inside)
-        elif cost < EDGE * epsilon and loss > 0:
-            inside = lam
-            lam = math.sqrt(lam * outside) if outside else max(lam / LAM_STEP, least)
+        if not cost <= epsilon and more > hurt:
+            continue  # with their KL in it the same lam may be inside
+        step = min(max(cost / (AIM * epsilon), 1 / LAM_STEP), LAM_STEP) if cost == cost else LAM_STEP
+        if not cost <= epsilon:
+            outside, lam = lam, lam * step if math.isinf(inside) else math.sqrt(lam * inside)
+        elif cost < NEAR * epsilon and loss > 0:
+            inside, lam = lam, math.sqrt(lam * outside) if outside else max(lam * step, least)
             if lam == inside:
                 break
         else:
             break
-    if not cost <= epsilon and loss < best_loss and (s := descent.furthest(lambda s: {"shift": s * shift_MD}, epsilon, SAFE)):
-        best = s * shift_MD
+    if not cost <= epsilon and loss < best_loss:
+        before_N2, end_N2 = problem.before_N2, problem.after(shift_MD)
+        s = hosts.furthest(lambda s: (problem.after(s * shift_MD), True), {1.0: end_N2}, before_N2, epsilon, SAFE)
+        best = s * shift_MD if s else best
     return best
 
 
@@ -356,20 +400,64 @@ def minimise(descent: Descent, quadratic: Quadratic, run: Run, shift_MD: Float[T
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Seen:
-    """What the base computes of one row. `logp` is that of all its scored tokens, `still` that of those which no shift can reach; the rest
-    is of the P places that shifts do reach.
+class Places:
+    """P places of some rows that predict a scored token: what goes into the head there, the token that comes next, which row it is, and
+    how much each chosen sense counts, (P, M) and sparse."""
 
-    out_PD is what goes into the head, target_P the token that comes next, logp_P its log-probability. At place place_Z the chosen sense
-    sense_Z counts alpha_Z.
-    """
-
-    logp: float
-    still: float
-    tokens: int
     out_PD: Tensor
     target_P: Tensor
-    logp_P: Tensor
+    row_P: Tensor
+    a_PM: Tensor
+    rows: int
+
+    def part(self, index_P: Int[Tensor, "some"]) -> "Places":
+        out_PD, target_P, row_P = self.out_PD[index_P], self.target_P[index_P], self.row_P[index_P]
+        return replace(self, out_PD=out_PD, target_P=target_P, row_P=row_P, a_PM=self.a_PM.index_select(0, index_P).coalesce())
+
+    def reached(self) -> "Places":
+        """Those that see a chosen sense: the others cannot move."""
+        return self.part(torch.unique(self.a_PM.indices()[0]))
+
+    def moved(self, shift_MD: Float[Tensor, "M D"]) -> Float[Tensor, "P D"]:
+        """a Delta."""
+        moved_PD: Tensor = torch.sparse.mm(self.a_PM, shift_MD)
+        return moved_PD
+
+    def pulled(self, grad_PD: Float[Tensor, "P D"]) -> Float[Tensor, "M D"]:
+        """a^T grad: what a gradient at the places is for the shifts."""
+        (place_Z, sense_Z), alpha_Z = self.a_PM.indices(), self.a_PM.values()
+        return grad_PD.new_zeros(self.a_PM.shape[1], grad_PD.shape[1]).index_add_(0, sense_Z, alpha_Z[:, None] * grad_PD[place_Z])
+
+    def logp(self, E_VD: Float[Tensor, "V D"], moved_PD: Float[Tensor, "P D"] | float = 0.0) -> Float[Tensor, "P"]:
+        """Log-probability of the next token."""
+        out_PD = self.out_PD + moved_PD
+        return (out_PD * E_VD[self.target_P]).sum(1) - expected(out_PD, E_VD)[0]
+
+    def by_row(self, value_P: Float[Tensor, "P"]) -> Float[Tensor, "rows"]:
+        return value_P.new_zeros(self.rows).index_add(0, self.row_P, value_P)
+
+
+def expected(out_PD: Float[Tensor, "P D"], E_VD: Float[Tensor, "V D"]) -> tuple[Float[Tensor, "P"], Float[Tensor, "P D"]]:
+    """log Z = log sum over v of exp(E_v o), and the mean of E under the prediction, which is its gradient."""
+    log_z_P, mean_PD = out_PD.new_empty(len(out_PD)), torch.empty_like(out_PD)
+    some = max(1, LOGITS // len(E_VD))
+    for o_PD, log_z, mean in zip(*(torch.split(x, some) for x in (out_PD, log_z_P, mean_PD)), strict=True):
+        logits_PV = o_PD @ E_VD.T
+        most_P1 = logits_PV.amax(1, keepdim=True)
+        sum_P1 = logits_PV.sub_(most_P1).exp_().sum(1, keepdim=True)
+        log_z.copy_((most_P1 + sum_P1.log())[:, 0])
+        mean.copy_(logits_PV @ E_VD).div_(sum_P1)
+    return log_z_P, mean_PD
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Seen:
+    """What the base computes of one row, P places: out_PD goes into the head, target_P is the token that comes next. At place place_Z the
+    chosen sense sense_Z counts alpha_Z."""
+
+    out_PD: Tensor
+    target_P: Tensor
     place_Z: Tensor
     sense_Z: Tensor
     alpha_Z: Tensor
@@ -377,10 +465,7 @@ class Seen:
 
 @final
 class Cached:
-    """A `_descend.Reader` that reads each row once. `weights` are the shifts (M, D) of the chosen senses, by whatever name.
-
-    Rows of `known` are read at once, others when they are first asked for.
-    """
+    """Reads each row once: those of `known` at once, others when they are first asked for."""
 
     def __init__(self, host: Host, ids_M: Tensor, senses_M: Tensor, known: Iterable[Row] = ()) -> None:
         self.host, self.ids_M, self.senses_M = host, ids_M, senses_M
@@ -388,66 +473,28 @@ class Cached:
         self.seen: dict[tuple[int, ...], Seen] = {}
         self._find(list(known))
 
-    def logp(self, rows: Sequence[Row], weights: Weights) -> Float[Tensor, "N"]:
+    def places(self, rows: Sequence[Row]) -> Places:
+        """Those of all rows, one row after the other."""
         seen = self._find(rows)
-        logp_P = self._logits(seen, weights).log_softmax(-1).gather(-1, torch.cat([s.target_P for s in seen])[:, None])[:, 0]
-        row_P = torch.arange(len(seen), device=logp_P.device).repeat_interleave(_counts(seen))
-        still_N = torch.tensor([s.still for s in seen], dtype=logp_P.dtype, device=logp_P.device)
-        return still_N.index_add(0, row_P, logp_P)
-
-    def both(self, rows: Sequence[Row], weights: Weights) -> tuple[Float[Tensor, "P V"], Float[Tensor, "P V"]]:
-        seen = self._find(rows)
-        return self._logits(seen, None), self._logits(seen, weights)
-
-    @torch.no_grad()
-    def score(self, rows: Sequence[Row], weights: Weights | None = None) -> Float[Tensor, "N 2"]:
-        seen = self._find(rows)
-        out_N2 = torch.tensor([(s.logp, s.tokens) for s in seen], dtype=torch.float64).reshape(-1, 2)
-        reached = [i for i, s in enumerate(seen) if len(s.target_P)] if weights is not None else []
-        for group in _gathered(reached, [len(seen[i].target_P) for i in reached]):
-            part = [seen[i] for i in group]
-            target_P, logp_P = torch.cat([s.target_P for s in part]), torch.cat([s.logp_P for s in part])
-            now_P = self._logits(part, weights).log_softmax(-1).gather(-1, target_P[:, None])[:, 0]
-            row_P = torch.tensor(group, device=now_P.device).repeat_interleave(_counts(part))
-            out_N2[:, 0].index_add_(0, row_P.cpu(), (now_P.double() - logp_P.double()).cpu())
-        return out_N2
-
-    def _logits(self, seen: Sequence[Seen], weights: Weights | None) -> Float[Tensor, "P V"]:
-        """E (o + a Delta) at the places that shifts can reach, row after row."""
-        out_PD = torch.cat([s.out_PD for s in seen])
-        if weights is not None:
-            (shift_MD,) = weights.values()
-            place_Z, sense_Z, alpha_Z = _met(seen)
-            # the backward of an embedding is much faster than that of indexing
-            out_PD = out_PD.index_add(0, place_Z, alpha_Z[:, None] * nn.functional.embedding(sense_Z, shift_MD).to(out_PD.dtype))
-        return out_PD @ self.E_VD.T
+        counts = [len(s.target_P) for s in seen]
+        starts = itertools.accumulate(counts, initial=0)
+        device, P = self.E_VD.device, sum(counts)
+        place_Z = torch.cat([self.ids_M[:0], *(s.place_Z + start for s, start in zip(seen, starts, strict=False))])
+        sense_Z = torch.cat([self.ids_M[:0], *(s.sense_Z for s in seen)])
+        alpha_Z = torch.cat([self.E_VD[0, :0], *(s.alpha_Z for s in seen)])
+        return Places(
+            out_PD=torch.cat([self.E_VD[:0], *(s.out_PD for s in seen)]),
+            target_P=torch.cat([self.ids_M[:0], *(s.target_P for s in seen)]),
+            row_P=torch.arange(len(rows), device=device).repeat_interleave(torch.tensor(counts, dtype=torch.long, device=device)),
+            a_PM=torch.sparse_coo_tensor(torch.stack([place_Z, sense_Z]), alpha_Z, (P, len(self.ids_M)), check_invariants=False).coalesce(),
+            rows=len(rows),
+        )
 
     def _find(self, rows: Sequence[Row]) -> list[Seen]:
         new = {(given, *ids): (ids, given) for ids, given in rows if (given, *ids) not in self.seen}
-        for (key, _), seen in zip(new.items(), read(self.host, list(new.values()), self.ids_M, self.senses_M, self.E_VD), strict=True):
+        for (key, _), seen in zip(new.items(), read(self.host, list(new.values()), self.ids_M, self.senses_M), strict=True):
             self.seen[key] = seen
         return [self.seen[given, *ids] for ids, given in rows]
-
-
-def _met(seen: Sequence[Seen]) -> tuple[Tensor, Tensor, Tensor]:
-    """(Z,) places, counted through all of `seen`, senses and weights."""
-    starts = list(itertools.accumulate(_counts(seen).tolist(), initial=0))[:-1]
-    place_Z = torch.cat([s.place_Z + start for s, start in zip(seen, starts, strict=True)])
-    return place_Z, torch.cat([s.sense_Z for s in seen]), torch.cat([s.alpha_Z for s in seen])
-
-
-def _gathered(rows: Sequence[int], places: Sequence[int], most: int = PLACES) -> Iterator[list[int]]:
-    """Runs of `rows` that have `most` places together, or a few more."""
-    group: list[int] = []
-    count = 0
-    for row, more in zip(rows, places, strict=True):
-        group.append(row)
-        count += more
-        if count >= most:
-            yield group
-            group, count = [], 0
-    if group:
-        yield group
 
 
 def _exact(t: Tensor) -> Tensor:
@@ -455,40 +502,31 @@ def _exact(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def _counts(seen: Sequence[Seen]) -> Tensor:
-    return torch.tensor([len(s.target_P) for s in seen], device=seen[0].target_P.device)
-
-
 @torch.no_grad()
-def read(host: Host, rows: Sequence[Row], ids_M: Tensor, senses_M: Tensor, E_VD: Float[Tensor, "V D"]) -> list[Seen]:
-    """What the host, as it is, computes of each row: one pass of its trunk."""
+def read(host: Host, rows: Sequence[Row], ids_M: Tensor, senses_M: Tensor) -> list[Seen]:
+    """What the host, as it is, computes of each row: one pass of its trunk, none of its head."""
     out: dict[int, Seen] = {}
     for group in hosts.by_length(rows, hosts.at_once(host)):
         batch = hosts.pad(host, [rows[i] for i in group])
         alpha_NKTT, predicting_NT = host.model.alpha(batch.ids_NT, batch.mask_NT), _predicting(batch)
-        out_NTD = alpha_NKTT.permute(0, 2, 3, 1).flatten(2) @ host.model.senses(batch.ids_NT).flatten(1, 2)
-        target_NT = nn.functional.pad(batch.ids_NT[:, 1:], (0, 1))
-        logp_NT = torch.zeros(target_NT.shape, dtype=E_VD.dtype, device=E_VD.device)
-        logits_PV = _exact(out_NTD[predicting_NT]) @ E_VD.T
-        logp_NT[predicting_NT] = logits_PV.log_softmax(-1).gather(-1, target_NT[predicting_NT][:, None])[:, 0]
+        ids_U, which_NT = torch.unique(batch.ids_NT, return_inverse=True)  # a sense is the token's, wherever it stands
+        senses_UKD = host.model.senses(ids_U)
+        senses_NSD = nn.functional.embedding(which_NT, senses_UKD.flatten(1)).view(len(group), -1, senses_UKD.shape[-1])  # S = T K
+        out_NTD = alpha_NKTT.permute(0, 2, 3, 1).flatten(2) @ senses_NSD
         # Q occurrences: in row n, place j holds the token of the chosen sense m
         n_Q, j_Q, m_Q = ((batch.ids_NT[..., None] == ids_M) & batch.mask_NT.bool()[..., None]).nonzero(as_tuple=True)
         weight_QT = alpha_NKTT[n_Q, senses_M[m_Q], :, j_Q] * predicting_NT[n_Q]
-        for n, i in enumerate(group):
-            mine_Q = n_Q == n
-            q_Z, t_Z = weight_QT[mine_Q].nonzero(as_tuple=True)
-            t_P, place_Z = t_Z.unique(return_inverse=True)
-            out[i] = Seen(
-                logp=(whole := float(logp_NT[n].double().sum())),
-                still=whole - float(logp_NT[n, t_P].double().sum()),
-                tokens=int(predicting_NT[n].sum()),
-                out_PD=_exact(out_NTD[n, t_P]),
-                target_P=target_NT[n, t_P],
-                logp_P=logp_NT[n, t_P],
-                place_Z=place_Z,
-                sense_Z=m_Q[mine_Q][q_Z],
-                alpha_Z=_exact(weight_QT[mine_Q][q_Z, t_Z]),
-            )
+        q_Z, t_Z = weight_QT.nonzero(as_tuple=True)
+        place_Z = (predicting_NT.long().cumsum(1) - 1)[n_Q[q_Z], t_Z]  # each row's own, from 0
+        places, met = predicting_NT.sum(1).tolist(), n_Q[q_Z].bincount(minlength=len(group)).tolist()
+        target_P = nn.functional.pad(batch.ids_NT[:, 1:], (0, 1))[predicting_NT]
+        parts = zip(
+            *(torch.split(x, places) for x in (_exact(out_NTD[predicting_NT]), target_P)),
+            *(torch.split(x, met) for x in (place_Z, m_Q[q_Z], _exact(weight_QT[q_Z, t_Z]))),
+            strict=True,
+        )
+        for i, (out_PD, target_P, place_Z, sense_Z, alpha_Z) in zip(group, parts, strict=True):
+            out[i] = Seen(out_PD=out_PD, target_P=target_P, place_Z=place_Z, sense_Z=sense_Z, alpha_Z=alpha_Z)
     return [out[i] for i in range(len(rows))]
 
 
