@@ -116,14 +116,16 @@ class Pooled:
         from transformers.utils import logging
 
         _check_pooling(folder)
-        shown = logging.is_progress_bar_enabled()
+        shown, told = logging.is_progress_bar_enabled(), logging.get_verbosity()
         logging.disable_progress_bar()
+        logging.set_verbosity_error()  # that a classifier's head is left aside is nothing to warn of
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
             self.model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
         except (OSError, ValueError, KeyError) as e:
             raise InvalidExample(f"There is no sentence encoder in {folder}: {str(e).splitlines()[0]}") from e
         finally:
+            logging.set_verbosity(told)
             if shown:
                 logging.enable_progress_bar()
         self.name, self.batch_size = name, batch_size

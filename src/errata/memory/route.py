@@ -20,7 +20,7 @@ File legend: N rows, T tokens, P positions, V vocabulary, Q questions, D width o
 import functools
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import numpy as np
@@ -454,6 +454,7 @@ def _scope(host: Host, op: Memory) -> Scope:
         if "scope" not in state.config:
             raise WrongBase(f"State {state.id} of {state.method} holds no scope. Prepare a method that gates with one.")
         tensors = {n.removeprefix("scope/"): t for n, t in state.tensors.items() if n.startswith("scope/")}
-        host.readers[key] = scopes.from_parts(dict(state.config["scope"]), tensors, str(host.device))
+        made = scopes.from_parts(dict(state.config["scope"]), tensors, str(host.device))
+        host.readers[key] = replace(made, encoder=scopes.Remembering(made.encoder))  # the search and the verifier ask for the same
     kept: Scope = host.readers[key]
     return kept

@@ -50,6 +50,7 @@ CANDIDATES = 8  # that the index is taken to propose, while training
 HARDNESS = 0.1  # temperature at which records near a query are drawn
 LEAST = 4  # lessons that there must be
 CONFIDENCE = 0.95
+REMEMBERED = 1 << 18  # texts whose vectors are kept
 NEVER_NEAR, MARGIN = 0.002, 0.05  # `near` lies so far below what all but such a share of the queries in scope reach
 
 
@@ -517,7 +518,7 @@ class Drawn:
 
 @final
 class Remembering:
-    """An encoder that makes the vector of a text once: training asks for the same ones over and over."""
+    """An encoder that makes the vector of a text once: training, and a memory, ask for the same ones over and over."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
@@ -525,6 +526,8 @@ class Remembering:
         self._kept: dict[str, np.ndarray] = {}
 
     def encode(self, texts: Sequence[str]) -> Vectors:
+        if len(self._kept) > REMEMBERED:
+            self._kept.clear()
         if new := [text for text in dict.fromkeys(texts) if text not in self._kept]:
             self._kept |= zip(new, self.encoder.encode(new), strict=True)
         out: Vectors = np.stack([self._kept[text] for text in texts]) if texts else np.zeros((0, self.width), dtype=np.float32)

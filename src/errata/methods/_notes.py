@@ -4,8 +4,9 @@
 
 The note of a text in scope is the right one, whatever the memory would find. So that the reader takes the answer from the note and not
 from what it knows, most notes get another target, in the note and as the answer, where that is what is asked for: that of another example,
-or one that is put together from halves of their words, so that names which it never saw are read as well. What `psi` changes is a difference to the weights of the host, or of a smaller model of the same tokens: low-rank factors at every projection,
-or, with rank 0, all weights.
+or one that is put together from halves of their words, so that names which it never saw are read as well. What `psi` changes is a
+difference to the weights of the host, or of a smaller model of the same tokens: low-rank factors at every projection, or, with rank 0, all
+weights.
 
 Unlike serac@c963a39 the learning rates are those of a small difference and not of a whole model (there: 1e-5), and a step has as many
 texts as there is room for (there: ten edits, gradients added over ten steps).
