@@ -1,14 +1,17 @@
-"""The verbs of the edit memory, as text and as JSON, and bad input as one sentence. No model is loaded for any of them."""
+"""The verbs of the edit memory, as text and as JSON, and bad input as one sentence. Those that only keep and find load no model."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import tiny_host
 from test_cli import Done, run
 from test_ledger import BASE, BUDGET
 
+from errata import hosts
 from errata.ledger import Ledger
+from errata.types import Budget
 
 
 @pytest.fixture
@@ -86,3 +89,60 @@ def test_the_encoder_is_the_memorys_own(at: Path, tmp_path: Path) -> None:
     assert "is of the encoder hashed" in refused(at, "search", "Mali", "--encoder", folder)
     assert say(at, "move", folder)[0]["encoder"] == str(folder)
     assert say(at, "search", "The capital of Mali is")[0]["score"] > 0.99
+
+
+# ------------------------------------------------------------------------------------------------- with a model: ask, explain, compact
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> tuple[Path, Path]:
+    """(the ledger of a tiny T5, a reference text)."""
+    made = tiny_host("t5")
+    made.model.save_pretrained(tmp_path / "t5")
+    made.tokenizer.save_pretrained(tmp_path / "t5")
+    host = hosts.load(str(tmp_path / "t5"), "cpu")
+    Ledger.create(tmp_path / "ledger", host.id, host.name, Budget(epsilon=0.5)).close()
+    reference = tmp_path / "reference.txt"
+    reference.write_text("\n\n".join(f"On day {i} {i + 3} boats left the harbour.| late" for i in range(24)))
+    return tmp_path / "ledger", reference
+
+
+def test_a_record_answers_is_explained_moves_into_weights_and_comes_back(asked: tuple[Path, Path]) -> None:
+    at, reference = asked
+    question, other = "What is the capital of Togo?", "Who was late?"
+    run("memory", "add", f"{question}| Rome", "--ledger", at)
+    on = ("--ledger", at, "--device", "cpu", "--json")
+    said = run("ask", question, other, *on)
+    assert "in their own words" in said.err and said.lines[0]["after"].strip() == "Rome" and said.lines[0]["patch"] is None
+    assert said.lines[1]["after"] == said.lines[1]["before"]
+    assert "no patch" in run("ask", question, "--no-memory", *on).err.lower()
+    (told,) = run("explain", "It is so. what is the capital of Togo", *on).lines
+    assert told["asked"] == "what is the capital of Togo" and told["route"] == "the memory" and told["records"][0]["ruling"] == "in"
+    (told,) = run("explain", other, *on).lines
+    assert told["route"] == "the model itself" and told["answers"] == []
+    (done,) = run("compact", "--method", "lu", "--reference", reference, *on).lines
+    assert len(done["moved"]) == 1 and done["left"] == []
+    (said,) = run("ask", question, *on).lines
+    with Ledger(at) as ledger:
+        assert said["after"].strip() == "Rome" and said["patch"] == ledger.patch().id
+    (back,) = run("compact", "--undo", *on).lines
+    assert back["back"] == done["moved"]
+    assert run("ask", question, *on).lines[0]["patch"] is None
+    assert "Nothing was compacted" in run("compact", "--undo", *on).err
+
+
+def test_the_best_of_several_methods_is_built_and_told(asked: tuple[Path, Path], tmp_path: Path) -> None:
+    at, reference = asked
+    on = ("--ledger", at, "--device", "cpu", "--json")
+    run("add", "What is the capital of Togo?| Rome", "--ledger", at)
+    cases = tmp_path / "cases.jsonl"
+    example = {"prompt": "What is the capital of Togo?", "target": " Rome"}
+    cases.write_text(json.dumps({"example": example, "paraphrases": ["Togo has which capital?"]}) + "\n")
+    done = run("build", "--method", "auto", "--reference", reference, "--neighbours", cases, *on)
+    assert done.status == 0, done.err
+    (told,) = done.lines
+    assert told["best"] == "lu" and told["why"].startswith("lu fixes 1 of 1 examples") and "other phrasings" in told["why"]
+    assert {t["method"] for t in told["tried"]} == {"lu", "rp", "lora"} and all(t["asked"] == 1 for t in told["tried"] if t["patch"])
+    with Ledger(at) as ledger:
+        assert ledger.patch().method == "lu"
+    assert "takes no --set" in run("build", "--method", "auto", "--set", "steps=1", *on).err
