@@ -17,11 +17,11 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, TypeVar, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -255,7 +255,8 @@ class Host:
     """A language model, or a classifier of texts, with its tokenizer. Make one with `load` or `host_of`.
 
     `id` is the hash of the weights as loaded, and the patch's id while a patch is on. `worn` is the stack of patches that are on;
-    only `apply.py` writes it. `beside` are small models of ensembles, by the names that patches call them (see `beside`).
+    only `apply.py` writes it. `beside` are small models of ensembles, by the names that patches call them (see `beside`). `memory`
+    is what it said as it was loaded, by what it was asked (see `remembered`); None where nobody will ask for the same again.
     """
 
     model: Any
@@ -265,6 +266,7 @@ class Host:
     name: str
     worn: list[Worn] = field(default_factory=list)
     beside: dict[str, "Host"] = field(default_factory=dict)
+    memory: dict[Hashable, Any] | None = None
 
     @property
     def id(self) -> str:
@@ -492,6 +494,19 @@ def _known(vocabulary: dict[int, str], i: int) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------------------- questions
+
+
+T = TypeVar("T")
+
+
+def remembered(host: Host, asked: Hashable, say: Callable[[], T]) -> T:
+    """`say()`, a function of the host's own weights and of `asked` alone; where the host has a memory and no patch on, it is asked once."""
+    if host.memory is None or host.worn:
+        return say()
+    if asked not in host.memory:
+        host.memory[asked] = say()
+    said: T = host.memory[asked]
+    return said
 
 
 def tokens(host: Host, text: str) -> list[int]:
@@ -777,6 +792,11 @@ def score(
         logp_NT = scored_logprobs(host, batch, weights)
         out_N2[group] = torch.stack([logp_NT.double().sum(1), batch.scored_NT.double().sum(1)], dim=1).cpu()
     return out_N2
+
+
+def base_score(host: Host, rows: Sequence[tuple[list[int], int]]) -> Float[Tensor, "N 2"]:
+    """`score` of the host as it is, `remembered`. Not to be written to."""
+    return remembered(host, ("score", *((given, *ids) for ids, given in rows)), lambda: score(host, rows))
 
 
 def logprobs(host: Host, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, "N 2"]:
