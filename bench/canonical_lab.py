@@ -65,7 +65,7 @@ def main() -> None:
     if args.json:
         emit(args, protocol.order(found), None, None, "means over tasks; differences with the interval of redrawn behaviours")
     else:
-        Console(highlight=False).print(*tables(found, plan.mode), protocol.order(found), sep="\n", markup=False)
+        Console(highlight=False).print(*tables({plan.mode: found}), protocol.order(found), sep="\n", markup=False)
 
 
 if __name__ == "__main__":
