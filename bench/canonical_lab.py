@@ -2,13 +2,14 @@
 
 Six tasks, three balls; for each method settings are searched on validation, chosen for each ball, and tested over seeds. What was done lies
 in out/canonical-lab and is not done again: after a kill the same command goes on. The goal is its time on two cores; it is told only by a
-run that begins in an empty folder. For a reader the whole tables are printed too. With --quick one task, the two methods that take least,
-one setting.
+run that begins in an empty folder. For a reader the whole tables are printed too. With --quick one task and a few examples of it, one ball,
+the two methods that take least, one setting.
 """
 
 import os
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from _bench import arguments, emit
@@ -22,6 +23,7 @@ from errata.protocol import Column, Plan
 FOLDER = Path("out/canonical-lab")
 MINUTES = 60.0
 SEEDS = 2  # of the test edits
+FEW = 6  # examples, records and hard negatives of a quick run
 
 
 def columns() -> tuple[Column, ...]:
@@ -40,13 +42,13 @@ def main() -> None:
     plan = Plan(columns=asked, seeds=SEEDS, seed=args.seed, device="cpu")
     if args.quick:
         short = tuple(c for c in asked if c.method in ("memit", "senses") and not c.subjects)
-        plan = Plan(columns=short, tasks=("gender",), trials=1, seeds=1, seed=args.seed, device="cpu")
-    workers = min(2, os.cpu_count() or 1)
+        plan = replace(plan, columns=short, tasks=("gender",), epsilons=plan.epsilons[:1], trials=1, seeds=1, limit=FEW)
+    workers = 1 if args.quick else min(2, os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if args.quick else FOLDER
         fresh = not (folder / "search.db").exists()
         start = time.perf_counter()
-        found = protocol.run(plan, folder, 1 if args.quick else workers, Out(json=args.json).progress)
+        found = protocol.run(plan, folder, workers, Out(json=args.json).progress)
         minutes = (time.perf_counter() - start) / 60
     for column in plan.columns:
         for epsilon in plan.epsilons:
@@ -57,13 +59,13 @@ def main() -> None:
             near = f"hard negatives {sum(hard) / len(hard):+.3f} nats; " if hard else ""
             how = f"{interval}{near}{plan.trials} trials, {plan.seeds} seed(s), {len(own)} task(s)"
             emit(args, f"{column.host}, {column.label} at {epsilon:.0e}: success, points", value, None, how)
-    done = f"{len(plan.columns)} columns, {len(plan.tasks)} task(s), {plan.trials} trial(s), {workers} processes"
+    done = f"{len(plan.columns)} columns, {len(plan.tasks)} task(s), {plan.trials} trial(s), {workers} process(es)"
     name = "the protocol, a part of it, minutes" if args.quick else "the whole protocol, minutes"
     emit(args, name, minutes if fresh else None, ("<=", MINUTES) if fresh and not args.quick else None, done)
     if args.json:
         emit(args, protocol.order(found), None, None, "means over tasks; differences with the interval of redrawn behaviours")
     else:
-        Console(highlight=False).print(*tables(found, plan.mode), protocol.order(found), sep="\n", markup=False)
+        Console(highlight=False).print(*tables({plan.mode: found}), protocol.order(found), sep="\n", markup=False)
 
 
 if __name__ == "__main__":

@@ -59,13 +59,31 @@ def test_whitening_is_the_inverse_root_of_c_over_mu_plus_one() -> None:
     s, U = torch.linalg.eigh(C / mu + torch.eye(6))
     R = U @ torch.diag(s.rsqrt()) @ U.T
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(_descend.Whitening(C, 0.1)(x), x @ R, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(_descend.Whitening(*torch.linalg.eigh(C), 0.1)(x), x @ R, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_along_the_twice_whitened_gradient_is_the_step_in_whitened_coordinates() -> None:
+    """M in W = W0 + M R, against W itself with the metric R R: of all directions, and of some of many."""
+    draw = torch.Generator().manual_seed(0)
+    for K in (6, _descend.EIGENVECTORS + 20):
+        keys_NK = torch.randn(3 * K, K, generator=draw) * torch.logspace(1, -2, K)
+        whiten = _descend.Whitening(*torch.linalg.eigh(keys_NK.T @ keys_NK / (3 * K)), 0.1)
+        M, W = torch.zeros(5, K, requires_grad=True), torch.zeros(5, K, requires_grad=True)
+        first = _descend.NovoGrad([M], [2.0], [None])
+        second = _descend.NovoGrad([W], [2.0], [whiten.twice])
+        for _ in range(4):
+            G = torch.randn(5, K, generator=draw)
+            M.grad, W.grad = whiten(G), G
+            first.step(0.1)
+            second.step(0.1)
+        assert W.norm() > 0.01
+        torch.testing.assert_close(W, whiten(M), rtol=1e-4, atol=1e-5)
 
 
 def test_what_text_uses_most_is_stiffest() -> None:
     keys_NK = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
     keys_NK[:, 0] *= 100
-    moved = _descend.Whitening(keys_NK.T @ keys_NK / 500, 0.1)(torch.eye(8)).norm(dim=1)
+    moved = _descend.Whitening(*torch.linalg.eigh(keys_NK.T @ keys_NK / 500), 0.1)(torch.eye(8)).norm(dim=1)
     assert moved[0] < 0.2 * moved[1:].min()
 
 
@@ -156,6 +174,31 @@ def test_the_last_point_goes_back_to_the_edge(tiny_gpt2: Host, monkeypatch: pyte
     monkeypatch.setattr(_descend.Descent, "_look", looked(squared))
     free = moved(1e9)
     assert 0.9 * free / 4 < moved(free / 4) <= free / 4
+
+
+def test_the_end_of_the_way_to_the_edge_is_not_read_again(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the last check everything was read under the very weights that the way to the edge ends at."""
+    read, look, cost = list[float](), _descend.Descent._look, _descend.Descent.cost
+
+    def looking(self: _descend.Descent, i: int, weights: hosts.Weights) -> torch.Tensor:
+        read.append(sum(float(w.double().sum()) for w in weights.values()))
+        return look(self, i, weights)
+
+    def patch(again: bool) -> Patch:
+        read.clear()
+        furthest = _descend.Descent.furthest
+        with monkeypatch.context() as put:
+            put.setattr(_descend.Descent, "_look", looking)
+            put.setattr(_descend.Descent, "cost", lambda self, *given: max(cost(self, *given), 1.0))  # outside
+            if again:
+                put.setattr(_descend.Descent, "furthest", lambda self, at, epsilon, read: furthest(self, at, epsilon))
+            return Finetune(steps=3, lr=0.5, hold=4, neighbours=4, searched=0).edit(tiny_gpt2, (RAISE,), RUN)
+
+    first = patch(again=False)
+    once = list(read)
+    second = patch(again=True)
+    assert first.id == second.id and any(op.delta.any() for op in first.ops)
+    assert read == [once[0], *once]
 
 
 def test_the_search_finds_the_held_rows_that_lost_most(tiny_gpt2: Host) -> None:

@@ -6,12 +6,13 @@ import random
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CONTEXT, FAMILIES, READERS, TEXT, same_bits, tiny_host, tiny_model, tiny_tokenizer, weights_of
+from conftest import CONTEXT, FAMILIES, READERS, TEXT, same_bits, shove, tiny_host, tiny_model, tiny_tokenizer, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_meta import CASES, mend
@@ -380,6 +381,21 @@ def test_padding_and_order_change_no_score(host: Host) -> None:
         assert torch.allclose(score(host, rows, max_tokens=max_tokens), alone, atol=1e-5)
         assert torch.allclose(score(host, [rows[i] for i in shuffled], max_tokens=max_tokens), alone[shuffled], atol=1e-5)
     assert score(host, []).shape == (0, 2)
+
+
+def test_a_host_with_a_memory_is_asked_once_and_forgets_nothing_under_a_patch(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[int]()
+    monkeypatch.setattr(hosts, "score", lambda host, rows, *more: (asked.append(len(rows)), score(host, rows, *more))[1])
+    host, rows = replace(tiny_gpt2, recalled={}), chunks(tiny_gpt2, TEXT)
+    first = hosts.base_score(host, rows)
+    assert torch.equal(hosts.base_score(host, rows), first) and torch.equal(first, score(tiny_gpt2, rows)) and len(asked) == 1
+    assert len(hosts.base_score(host, rows[:2])) == 2 and len(asked) == 2
+    with applied(host, shove(host, 0.5)):
+        assert not torch.equal(hosts.base_score(host, rows), first) and len(asked) == 3
+    assert torch.equal(hosts.base_score(host, rows), first) and len(asked) == 3
+    hosts.base_score(tiny_gpt2, rows)
+    hosts.base_score(tiny_gpt2, rows)  # this one has none
+    assert len(asked) == 5
 
 
 def test_a_batch_marks_what_is_scored(tiny_gpt2: Host) -> None:

@@ -589,6 +589,20 @@ def test_the_faithful_mode_takes_the_last_epoch_inside_and_no_later_than_at_vali
     assert os.environ.get("HF_HUB_OFFLINE") == "1"
 
 
+def test_two_modes_stand_side_by_side(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    asked = command(place, tmp_path / "out", "--method", "lora", "--trials", "1", "--limit", "2", "--epsilon", "1e-1")
+    assert cli.main([*asked, "--mode", "fixed", "--mode", "faithful"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("fixed and faithful, ball of 1e-01") == 1 and "fixed: The paper's order" in said and "faithful: The paper's" in said
+    assert any(line.count("lora") == 2 for line in said.splitlines())
+    assert any("fixed" in line and "faithful" in line and "ball" not in line for line in said.splitlines())
+    told = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [t["mode"] for t in told] == ["fixed", "faithful"] and all(len(t["cells"]) == 2 for t in told)
+
+
 def test_the_published_loop_through_the_command(place: Path, tmp_path: Path) -> None:
     asked = command(
         place, tmp_path / "out", "--mode", "faithful", "--method", "lora", "--trials", "1", "--task", "gender", "--epsilon", "1e-1"

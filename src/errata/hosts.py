@@ -17,11 +17,11 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, final, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, final, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -283,7 +283,8 @@ class Host:
 
     `id` is the hash of the weights as loaded, and the patch's id while a patch is on. `worn` is the stack of patches that are on;
     only `apply.py` writes it. `beside` are small models of ensembles, by the names that patches call them (see `beside`). `states` are
-    those that patches of an edit memory speak through, by their ids, and `readers` what was made of them.
+    those that patches of an edit memory speak through, by their ids, and `readers` what was made of them. `recalled` is what it said as it
+    was loaded, by what it was asked (see `remembered`); None where nobody will ask for the same again.
     """
 
     model: Any
@@ -295,6 +296,7 @@ class Host:
     beside: dict[str, "Host"] = field(default_factory=dict)
     states: dict[str, State] = field(default_factory=dict)
     readers: dict[str, Any] = field(default_factory=dict)
+    recalled: dict[Hashable, Any] | None = None
 
     @property
     def speakers(self) -> list[Speaker]:
@@ -527,6 +529,19 @@ def _known(vocabulary: dict[int, str], i: int) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------------------- questions
+
+
+T = TypeVar("T")
+
+
+def remembered(host: Host, asked: Hashable, say: Callable[[], T]) -> T:
+    """`say()`, a function of the host's own weights and of `asked` alone; where the host recalls and has no patch on, it is asked once."""
+    if host.recalled is None or host.worn:
+        return say()
+    if asked not in host.recalled:
+        host.recalled[asked] = say()
+    said: T = host.recalled[asked]
+    return said
 
 
 def tokens(host: Host, text: str) -> list[int]:
@@ -860,6 +875,11 @@ def score(
         logp_NT = scored_logprobs(host, batch, weights)
         out_N2[group] = torch.stack([logp_NT.double().sum(1), batch.scored_NT.double().sum(1)], dim=1).cpu()
     return out_N2
+
+
+def base_score(host: Host, rows: Sequence[tuple[list[int], int]]) -> Float[Tensor, "N 2"]:
+    """`score` of the host as it is, `remembered`. Not to be written to."""
+    return remembered(host, ("score", *((given, *ids) for ids, given in rows)), lambda: score(host, rows))
 
 
 def logprobs(host: Host, pairs: Sequence[tuple[str, str]]) -> Float[Tensor, "N 2"]:

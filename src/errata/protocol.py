@@ -405,10 +405,9 @@ class Bench:
         }
 
     def host(self, name: str) -> Host:
-        if name in self.given:
-            return self.given[name]
         if name not in self.loaded:
-            self.loaded[name] = hosts.load(name, self.plan.device)
+            host = self.given[name] if name in self.given else hosts.load(name, self.plan.device)
+            self.loaded[name] = replace(host, recalled={})
         return self.loaded[name]
 
     def standing(self, host: Host) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -419,7 +418,11 @@ class Bench:
     def ground(self, host: Host, name: str, split: Split) -> Ground:
         key = (host.id, name, split)
         if key not in self.grounds:
-            self.grounds.clear()  # jobs come task by task, and a baseline is large
+            if any(known[1:] != key[1:] for known in self.grounds):  # jobs come task by task, and a baseline is large
+                self.grounds.clear()
+                for known in self.loaded.values():
+                    assert known.recalled is not None, "a bench's hosts have one"
+                    known.recalled.clear()
             task = task_of(self.plan, host, name, split)
             judging = self.standing(host)[1][: JUDGED[split]]
             kept, aside = text.set_aside(judging, task.examples, text.answers_of(host, task.examples))

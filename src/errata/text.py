@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
-from errata.hosts import Host, greedy, sample, tokens
+from errata.hosts import Host, greedy, remembered, sample, tokens
 from errata.types import EditError, Example, InvalidReference, digest
 
 MAX_BYTES = 256 << 20
@@ -155,7 +155,8 @@ def in_play(example: Example, old: str) -> tuple[str, ...]:
 
 def answers_now(host: Host, examples: Sequence[Example]) -> list[str]:
     """What the host says to each prompt now; "" where it says nothing."""
-    return [answer(said) for said in greedy(host, [e.prompt for e in examples])]
+    prompts = tuple(e.prompt for e in examples)
+    return [answer(said) for said in remembered(host, ("greedy", prompts), lambda: greedy(host, prompts))]
 
 
 def answer(said: str) -> str:

@@ -1,7 +1,7 @@
 """eval canonical: the protocol of canonical examples, from the search to the tables."""
 
 import json as json_module
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,7 +60,7 @@ def canonical(
         for m in dict.fromkeys(method)
     ]
     told: list[dict[str, Any]] = []
-    shown: list[RenderableType] = []
+    by_mode: dict[str, tuple[protocol.Found, ...]] = {}
     for name in dict.fromkeys(mode):
         plan = protocol.Plan(
             columns=tuple(columns),
@@ -78,11 +78,11 @@ def canonical(
             switches=tuple(s for s in protocol.SWITCHES if s not in (without or ())),
             device=device,
         )
-        found = protocol.run(plan, to, jobs, out.progress)
+        found = by_mode[name] = protocol.run(plan, to, jobs, out.progress)
         told.append({"mode": name, "order": protocol.order(found), "cells": rows(found)})
-        shown += [*tables(found, name), protocol.order(found)]
     (to / "results.json").write_text(json_module.dumps(told, indent=1))
-    out.emit(told, *shown, f"Trials, runs and results are in {to}.")
+    orders = [f"{name}: {protocol.order(found)}" if len(by_mode) > 1 else protocol.order(found) for name, found in by_mode.items()]
+    out.emit(told, *tables(by_mode), *orders, f"Trials, runs and results are in {to}.")
 
 
 def rows(found: Iterable["Found"]) -> list[dict[str, Any]]:
@@ -98,36 +98,38 @@ def rows(found: Iterable["Found"]) -> list[dict[str, Any]]:
     ]
 
 
-def tables(found: Sequence["Found"], mode: str) -> list[RenderableType]:
-    """One table for each ball: tasks by columns, the change of success with its interval, below it that of the hard negatives."""
+def tables(by_mode: Mapping[str, Sequence["Found"]]) -> list[RenderableType]:
+    """One table for each ball: tasks by columns, those of the modes side by side; the change of success with its interval, below it that of
+    the hard negatives."""
     from errata import protocol
 
-    columns = list(dict.fromkeys(f.column for f in found))
-    tasks = list(dict.fromkeys(f.task for f in found))
-    several = len({column.host for column in columns}) > 1
-    at = {(f.column, f.task, f.epsilon): f for f in found}
+    at = {(mode, f.column, f.task, f.epsilon): f for mode, found in by_mode.items() for f in found}
+    columns = [(mode, column) for column in dict.fromkeys(column for _, column, *_ in at) for mode in by_mode]
+    tasks, epsilons = list(dict.fromkeys(task for *_, task, _ in at)), list(dict.fromkeys(epsilon for *_, epsilon in at))
+    several = len({column.host for _, column in columns}) > 1
 
     def row(epsilon: float, task: str) -> list[str]:
-        own = [at[column, task, epsilon] for column in columns]
+        own = [at[*column, task, epsilon] for column in columns]
         before = [protocol.cell(f).before for f in own]
         shared = [b for b in before if b is not None]
         return [task, f"{100 * sum(shared) / len(shared):.1f}" if shared else "none", *(_cell([f]) for f in own)]
 
-    def heading(column: "Column") -> str:
-        return f"{column.label}\n{column.host.split('/')[-1]}" if several else column.label
+    def heading(mode: str, column: "Column") -> str:
+        told = [column.label, *([column.host.split("/")[-1]] if several else []), *([mode] if len(by_mode) > 1 else [])]
+        return "\n".join(told)
 
     return [
         table(
             "task",
             "before",
-            *(heading(column) for column in columns),
-            title=f"{mode}, ball of {epsilon:.0e}: success in points [95 %], hard negatives in nats",
+            *(heading(*column) for column in columns),
+            title=f"{' and '.join(by_mode)}, ball of {epsilon:.0e}: success in points [95 %], hard negatives in nats",
             rows=[
                 *(row(epsilon, task) for task in tasks),
-                ["mean", "", *(_cell([at[column, task, epsilon] for task in tasks]) for column in columns)],
+                ["mean", "", *(_cell([at[*column, task, epsilon] for task in tasks]) for column in columns)],
             ],
         )
-        for epsilon in dict.fromkeys(f.epsilon for f in found)
+        for epsilon in epsilons
     ]
 
 

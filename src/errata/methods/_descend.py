@@ -15,6 +15,7 @@ factor of K-FAC, Martens & Grosse 2015, arXiv 1503.05671; the C of MEMIT): what 
 File legend: N rows, T tokens, P predictions, V vocabulary, K key (module input) width, E kept eigenvectors.
 """
 
+import functools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ from errata.methods._restated import DOCUMENTS, Spoken, asking, restated, spoken
 from errata.types import Example, Run
 
 Row = tuple[list[int], int]
+Metric = Callable[[Tensor], Tensor]
 MARGIN = math.log(16)  # `prefer` is content when the target is 16 times as likely as the contrast (Hewitt et al. 2024, table 1)
 KEYS, EIGENVECTORS = 512, 256  # how many rows C is estimated from at most, and how many of its directions are kept
 PASS = 512  # tokens that go through the model at once where gradients are taken: more take memory, and no less time on a CPU
@@ -139,10 +141,10 @@ class _KL(torch.autograd.Function):
 
 @final
 class Whitening:
-    """x -> x R for one module, R = I + U (f - I) U^T with f_e = (s_e / mu + 1)^(-1/2) over the eigenpairs (s, U) of C."""
+    """x -> x R for one module, R = I + U (f - I) U^T with f_e = (s_e / mu + 1)^(-1/2) over the eigenpairs (s, U) of C, given
+    with s ascending."""
 
-    def __init__(self, C_KK: Float[Tensor, "K K"], damping: float) -> None:
-        s_K, U_KK = torch.linalg.eigh(C_KK)  # ascending; float32 will do, for what is small is swamped by mu
+    def __init__(self, s_K: Float[Tensor, "K"], U_KK: Float[Tensor, "K K"], damping: float) -> None:
         mu = damping * s_K.mean()
         self.U_KE = U_KK[:, -EIGENVECTORS:].contiguous()
         self.f_E = (s_K[-EIGENVECTORS:].clamp(min=0) / mu + 1).rsqrt() - 1
@@ -150,6 +152,18 @@ class Whitening:
     def __call__(self, x: Float[Tensor, "M K"]) -> Float[Tensor, "M K"]:
         white: Tensor = x + ((x @ self.U_KE) * self.f_E) @ self.U_KE.T
         return white
+
+    def twice(self, x: Float[Tensor, "M K"]) -> Float[Tensor, "M K"]:
+        """x R R."""
+        if len(self.U_KE) == len(self.f_E):  # one product is half of two
+            return x @ self._twice_KK
+        white: Tensor = x + ((x @ self.U_KE) * (self.f_E * (self.f_E + 2))) @ self.U_KE.T
+        return white
+
+    @functools.cached_property
+    def _twice_KK(self) -> Float[Tensor, "K K"]:
+        whole_KK: Tensor = (self.U_KE * (self.f_E + 1).square()) @ self.U_KE.T
+        return whole_KK
 
 
 def beginnings(host: Host, prompt: str, about: str) -> list[str]:
@@ -171,7 +185,10 @@ def near(host: Host, examples: Sequence[Example], spoken: Sequence[Spoken], per_
         for e, own in zip(examples, spoken, strict=True)
         for start in rng.choices(beginnings(host, e.prompt, own.topic), k=per_example)
     ]
-    said = hosts.sample(host, [start for start, _ in starts], max_new_tokens=20, seed=seed, batch_size=256) if starts else []
+    begun = tuple(start for start, _ in starts)
+    said = hosts.remembered(
+        host, ("sample", begun, seed), lambda: hosts.sample(host, begun, max_new_tokens=20, seed=seed, batch_size=256) if begun else []
+    )
     whole = list(dict.fromkeys((start + more, own) for (start, own), more in zip(starts, said, strict=True)))
     return list(dict.fromkeys(sentence for (sentence, _), asks in zip(whole, asking(host, whole), strict=True) if not asks))
 
@@ -206,7 +223,7 @@ class Through:
         return base_PV, hosts.predictions(self.host, batch, weights)
 
     def score(self, rows: Sequence[Row], weights: Weights | None = None) -> Float[Tensor, "N 2"]:
-        return hosts.score(self.host, rows, weights)
+        return hosts.base_score(self.host, rows) if weights is None else hosts.score(self.host, rows, weights)
 
 
 @final
@@ -233,6 +250,7 @@ class Descent:
         self.looks = [documents[a : min(b, n)] for a, b in zip((0, *LOOKS), LOOKS, strict=False) if a < n]
         self.checked: list[list[Row]] = []  # their rows, and what the base gives them, once they are needed
         self.before_N2 = torch.zeros(0, 2, dtype=torch.float64)
+        self.read: list[Tensor] = []  # what they were under the weights whose cost was asked for last, look by look
         self.held = hosts.chunks(host, drawn or documents)
         said = near(host, self.examples, spoken, settings.neighbours, run.seed)
         self.pool = self.held + hosts.chunks(host, [sentence for sentence in said if not statements.any_in(sentence)])
@@ -245,8 +263,16 @@ class Descent:
         """The coordinates of what each module reads, or with `outputs` of what reads it; none without damping."""
         if self.settings.damping is None:
             return {}
-        # not those near the examples: there it must move; and of the others no more than the descent itself will read
-        rows = self.rng.sample(self.held, k=min(len(self.held), KEYS, self.settings.steps * self.settings.hold))
+        # not those near the examples: there it must move; of the others about as many as the descent will read, as a power of two, so
+        # that settings which differ little have one C
+        wanted = 1 << (self.settings.steps * self.settings.hold - 1).bit_length()
+        rows = self.rng.sample(self.held, k=min(len(self.held), KEYS, wanted))
+        asked = ("eigenpairs", *modules, outputs, *((given, *ids) for ids, given in rows))
+        found = hosts.remembered(self.host, asked, lambda: self._eigenpairs(rows, modules, outputs))
+        return {name: Whitening(s_K, U_KK, self.settings.damping) for name, (s_K, U_KK) in found.items()}
+
+    def _eigenpairs(self, rows: Sequence[Row], modules: Sequence[str], outputs: bool) -> dict[str, tuple[Tensor, Tensor]]:
+        """Those of each module's C."""
         sums: dict[str, Tensor] = {}
         tokens: dict[str, int] = {}
         for group in hosts.by_length(rows, 2048):
@@ -257,7 +283,8 @@ class Descent:
                 keys_NK = seen[name][hosts.places(self.host, batch, name)].float()
                 sums[name] = sums.get(name, 0) + keys_NK.T @ keys_NK
                 tokens[name] = tokens.get(name, 0) + len(keys_NK)
-        return {name: Whitening(C_KK / tokens[name], self.settings.damping) for name, C_KK in sums.items()}
+        # float32 will do, for what is small is swamped by mu
+        return {name: tuple(torch.linalg.eigh(C_KK / tokens[name])) for name, C_KK in sums.items()}
 
     def task(self, weights: Weights) -> float:
         """Adds the gradient of the examples' mean loss to that of the weights; returns that loss."""
@@ -328,9 +355,10 @@ class Descent:
 
         An estimate, not a bound: it steers the descent. What counts is the gate's bound, on other text, and the gate scales what is left.
         """
-        after_N2, mean = torch.zeros(0, 2, dtype=torch.float64), math.inf
+        self.read, mean = [], math.inf
         for i in range(len(self.looks)):
-            after_N2 = torch.cat([after_N2, self._look(i, weights)])
+            self.read.append(self._look(i, weights))
+            after_N2 = torch.cat(self.read)
             if len(after_N2) < 2 or (len(after_N2) < EACH * len(self.examples) and i + 1 < len(self.looks)):
                 continue
             mean, above = hosts.increase(self.before_N2[: len(after_N2)], after_N2, z=1.0)
@@ -346,19 +374,20 @@ class Descent:
         return hosts.increase(self.before_N2[: len(after_N2)], after_N2, z)[1]
 
     @torch.no_grad()
-    def furthest(self, weights: Callable[[float], Weights], epsilon: float, z: float = -1.0) -> float:
+    def furthest(self, weights: Callable[[float], Weights], epsilon: float, z: float = -1.0, read: Sequence[Tensor] = ()) -> float:
         """The largest s for which `upper` of `weights(s)`, of a way that begins at the base, is no more than `epsilon`, as far as can be
-        told. 0.0 if none is found."""
-        end_N2 = self._edge(weights(1.0))
+        told. 0.0 if none is found. `read`: what is known already of the end, look by look."""
+        end_N2 = self._edge(weights(1.0), read)
         before_N2 = self.before_N2[: len(end_N2)]
         if hosts.increase(before_N2, end_N2, z)[1] <= epsilon:
             return 1.0
         return hosts.furthest(lambda s: (self._edge(weights(s)), True), {1.0: end_N2}, before_N2, epsilon, z)
 
-    def _edge(self, weights: Weights) -> Float[Tensor, "N 2"]:
+    def _edge(self, weights: Weights, read: Sequence[Tensor] = ()) -> Float[Tensor, "N 2"]:
         """Scores of the checked documents that the edge of the ball is sought on."""
         needed = max(EDGE, EACH * len(self.examples))
-        return torch.cat([self._look(i, weights) for i in range(len(self.looks)) if i == 0 or LOOKS[i - 1] < needed])
+        looks = [i for i in range(len(self.looks)) if i == 0 or LOOKS[i - 1] < needed]
+        return torch.cat([read[i] if i < len(read) else self._look(i, weights) for i in looks])
 
     def _look(self, i: int, weights: Weights) -> Float[Tensor, "N 2"]:
         """Scores of part i of the checked documents; the base's too, once."""
@@ -396,11 +425,18 @@ class NovoGrad:
     """m <- b1 m + g / sqrt(v), w <- w - rate m, with one v <- b2 v + (1 - b2) ||g||^2 for each tensor (Ginsburg et al. 2019, algorithm 1).
 
     Adam gives every weight a step of about the same length, also where its gradient is noise, and thousands of such steps are what moves a
-    model away from its text. Here the step keeps the direction of the gradient, which for a few examples has low rank.
+    model away from its text. Here the step keeps the direction of the gradient, which for a few examples has low rank. A leaf with a metric
+    steps along d = metric(g) instead, and <g, d> is what ||g||^2 is there.
     """
 
-    def __init__(self, leaves: Sequence[Tensor], rates: Sequence[float], betas: tuple[float, float] = (0.95, 0.95)) -> None:
-        self.leaves, self.rates, (self.b1, self.b2) = list(leaves), list(rates), betas
+    def __init__(
+        self,
+        leaves: Sequence[Tensor],
+        rates: Sequence[float],
+        metrics: Sequence[Metric | None],
+        betas: tuple[float, float] = (0.95, 0.95),
+    ) -> None:
+        self.leaves, self.rates, self.metrics, (self.b1, self.b2) = list(leaves), list(rates), list(metrics), betas
         self.m = [torch.zeros_like(leaf) for leaf in leaves]
         self.v = [torch.zeros((), device=leaf.device) for leaf in leaves]
         self.steps = 0
@@ -409,25 +445,31 @@ class NovoGrad:
     def step(self, rate: float) -> None:
         self.steps += 1
         for i, leaf in enumerate(self.leaves):
-            g = leaf.grad
+            g, metric = leaf.grad, self.metrics[i]
             assert g is not None, "step() comes after the gradients"
-            self.v[i].lerp_(g.square().sum(), 1 - self.b2)
+            d = g if metric is None else metric(g)
+            self.v[i].lerp_((g * d).sum(), 1 - self.b2)
             scale = (self.v[i] / (1 - self.b2**self.steps)).sqrt() + 1e-12
-            self.m[i].mul_(self.b1).add_(g / scale, alpha=1 - self.b1)
+            self.m[i].mul_(self.b1).add_(d / scale, alpha=1 - self.b1)
             leaf.sub_(self.m[i], alpha=rate * self.rates[i])
 
 
 def descend(
-    descent: Descent, run: Run, leaves: Sequence[Tensor], weights: Callable[[], Weights], rates: Sequence[float] | None = None
+    descent: Descent,
+    run: Run,
+    leaves: Sequence[Tensor],
+    weights: Callable[[], Weights],
+    rates: Sequence[float] | None = None,
+    metrics: Sequence[Metric | None] | None = None,
 ) -> None:
     """Move `leaves` (float32, requiring gradients) to the best point inside the ball.
 
     `weights()` gives the substituted parameters as a function of the leaves; where the leaves begin, it gives the base's. `rates` multiply
-    the step length of each leaf. What is judged and kept is the running mean of the leaves (Polyak & Juditsky 1992): single iterates
-    carry the noise of their batches.
+    the step length of each leaf, `metrics` are as in `NovoGrad`. What is judged and kept is the running mean of the leaves (Polyak &
+    Juditsky 1992): single iterates carry the noise of their batches.
     """
     settings, epsilon = descent.settings, run.budget.epsilon
-    optimizer = NovoGrad(leaves, rates or [1.0] * len(leaves))
+    optimizer = NovoGrad(leaves, rates or [1.0] * len(leaves), metrics or [None] * len(leaves))
     # a leaf that begins at zero, as a shift of all weights does, needs no memory for that
     origin = [leaf.detach().clone() if leaf.any() else leaf.new_zeros(()).expand_as(leaf) for leaf in leaves]
     mean = _copies(leaves)
@@ -477,7 +519,7 @@ def _edge(
         _put(leaves, move(s))
         return weights()
 
-    s = descent.furthest(at, epsilon)
+    s = descent.furthest(at, epsilon, read=descent.read)  # the end is what was measured last
     return move(s) if s else []
 
 

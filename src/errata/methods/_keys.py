@@ -297,7 +297,8 @@ def inside(
     tried = {1.0: solved(lam)}
     if len(rows) < 2:
         return tried[1.0], True
-    before_N2, after_N2 = scored(host, rows, None, spread), scored(host, rows, tried[1.0][1], spread)
+    before_N2 = hosts.remembered(host, ("score", *documents), lambda: scored(host, rows, None, spread))
+    after_N2 = scored(host, rows, tried[1.0][1], spread)
     if hosts.increase(before_N2, after_N2)[0] <= epsilon:
         return tried[1.0], True
 

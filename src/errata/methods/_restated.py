@@ -109,9 +109,13 @@ def restated(
     return out
 
 
-@torch.no_grad()
 def asking(host: Host, asked: Sequence[tuple[str, Spoken]]) -> list[str]:
     """For each document up to where the model would begin the old answer, behind the topic; "" if it comes to no such place."""
+    return hosts.remembered(host, ("asking", *asked), lambda: _asking(host, asked))
+
+
+@torch.no_grad()
+def _asking(host: Host, asked: Sequence[tuple[str, Spoken]]) -> list[str]:
     out = [""] * len(asked)
     if host.kind != "causal":
         return _answering(host, asked)
@@ -151,7 +155,7 @@ def _answering(host: Host, asked: Sequence[tuple[str, Spoken]]) -> list[str]:
 def _likely(host: Host, pairs: Sequence[tuple[str, str]]) -> list[float]:
     """The probability that the model gives to each (prompt, answer)."""
     rows = [hosts.encode(host, prompt, answer) for prompt, answer in pairs]
-    return hosts.score(host, rows)[:, 0].exp().tolist() if rows else []
+    return hosts.base_score(host, rows)[:, 0].exp().tolist() if rows else []
 
 
 def _text(host: Host, ids: list[int]) -> str:

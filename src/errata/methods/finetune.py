@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import Tensor
 
 from errata import hosts
 from errata.hosts import Host, Weights, stored_transposed
-from errata.methods._descend import Descent, Settings, descend
+from errata.methods._descend import Descent, Metric, Settings, descend
 from errata.types import Add, Example, Method, Patch, Run, UnknownName
 
 EMBEDDING_RATE = 5.0  # the rows of the targets' tokens are few; in the coordinates of what the head reads, moving them costs little
@@ -50,20 +49,20 @@ class Finetune(Method):
         heads = [] if host.kind == "classifier" else heads
         head = descent.whitenings([host.layout.norm], outputs=True).get(host.layout.norm) if heads else None
 
-        def change(name: str) -> Tensor:
+        def metric(name: str) -> Metric | None:
             if name in heads and head and len(head.U_KE) == base[name].shape[1]:
-                return head(shifts[name])
+                return head.twice
             if not (whiten := whitenings.get(projections.get(name, ""))):
-                return shifts[name]
+                return None
             turned = stored_transposed(host.model.get_submodule(projections[name]))
-            return whiten(shifts[name].T).T if turned else whiten(shifts[name])
+            return (lambda g: whiten.twice(g.T).T) if turned else whiten.twice
 
         def weights() -> Weights:
-            return {n: (w.float() + change(n)).to(w.dtype) for n, w in base.items()}
+            return {n: (w.float() + shifts[n]).to(w.dtype) for n, w in base.items()}
 
-        descend(descent, run, list(shifts.values()), weights, [EMBEDDING_RATE if n in embeddings else 1.0 for n in names])
-        with torch.no_grad():
-            ops = tuple(Add(weight=n, delta=change(n).detach().cpu().clone()) for n in names)
+        rates = [EMBEDDING_RATE if n in embeddings else 1.0 for n in names]
+        descend(descent, run, list(shifts.values()), weights, rates, [metric(n) for n in names])
+        ops = tuple(Add(weight=n, delta=shift.detach().cpu().clone()) for n, shift in shifts.items())
         return Patch(method="finetune", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)
 
 
