@@ -25,6 +25,7 @@ _ROOMS = {
     "Record": "types",
     "Verdict": "types",
     "applied": "apply",
+    "attached": "memory.live",
     "edit": "build",
     "greedy": "hosts",
     "host_of": "hosts",
