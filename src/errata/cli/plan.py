@@ -31,9 +31,9 @@ def estimate(host: Host, examples: Sequence[Example], made: Method, reference: P
     lengths = [len(hosts.encode(host, e.prompt, e.target)[0]) for e in examples]
     hold, judge, drawn = _texts(host, reference)
     speed = _speeds(host)
-    config = made.config
-    if isinstance(made, Summed):  # its rows are one pass; what else its settings speak of is its preparation
-        config = {"steps": 1, "batch_size": config["batch_size"], "contexts": config.get("restated", 0)}
+    config, trained = made.config, 0 if isinstance(made, Summed) else _trained(host, made)
+    if not trained:  # rows, or keys of a memory, are one pass; what else its settings speak of is its preparation
+        config = {"steps": 1, "batch_size": config.get("batch_size", 64), "contexts": config.get("restated", 0)}
     steps, contexts, near = (int(config.get(k, 0)) for k in ("steps", "contexts", "neighbours"))
     held_rows = int(config.get("hold", 0))
 
@@ -53,7 +53,6 @@ def estimate(host: Host, examples: Sequence[Example], made: Method, reference: P
         "writing": said / speed["write"],
     }
 
-    trained = 0 if isinstance(made, Summed) else _trained(host, made)
     vocabulary = host.model.get_input_embeddings().num_embeddings
     memory = {
         "model": sum(p.numel() * p.element_size() for p in host.model.parameters()),

@@ -50,6 +50,10 @@ class Eren(Method):
         settings = _notes.Settings(**own, silent=True, template=_notes.PLAIN)
         return _notes.learnt(host, host, "eren", tuple(train_cases), run, settings, self.config)
 
+    def trained(self, host: Host) -> int:
+        """How many numbers an edit moves: none, for it is looked up."""
+        return 0
+
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         """A vector for each example. Raises InvalidExample for a goal that no answer reaches, UnknownArchitecture for a classifier, and
         what `_memory.known` raises."""

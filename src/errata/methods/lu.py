@@ -27,6 +27,10 @@ class Lu(Method):
 
     bound: float = 0.0
 
+    def trained(self, host: Host) -> int:
+        """How many numbers an edit moves: none, for it is looked up."""
+        return 0
+
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         requests("lu", host, examples)
         keys_ND, bound = keys(host, examples, run)
