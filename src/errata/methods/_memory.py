@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,8 @@ from errata.memory import encoder as encoders
 from errata.memory import scope as scopes
 from errata.memory.reader import asked_in, embedded
 from errata.memory.scope import Lesson, Scope
-from errata.types import Case, Example, InvalidExample, Memory, Patch, Run, ScopeCase, State, UnknownName, WrongBase
+from errata.methods._meta import finished
+from errata.types import Case, Example, InvalidExample, Memory, Patch, Run, ScopeCase, State
 
 GOALS = ("raise", "prefer")  # what an answer can do for an example
 SCOPE = "scope/"  # of a state's tensors
@@ -58,21 +59,8 @@ def vectors(encoder: encoders.Encoder, examples: Sequence[Example]) -> Tensor:
 
 
 def known(name: str, host: Host, run: Run) -> State:
-    """What `name` was prepared with, at hand for whoever puts its patches on.
-
-    Raises UnknownName if there is none, WrongBase if it is of other weights, InvalidExample if it is of another method or half done.
-    """
-    state = run.state
-    if state is None:
-        raise UnknownName(
-            f"{name} has learnt nothing about {host.name} yet. Run 'errata prepare {name}'; "
-            f"in Python, give `state` what its `prepare` returns."
-        )
-    if state.method != name or state.config.get("unfinished"):
-        what = f"a state of {state.method}" if state.method != name else "half prepared"
-        raise InvalidExample(f"State {state.id} is {what}; {name} needs one that 'errata prepare {name}' has finished.")
-    if state.host not in (host.id, host.base_id):
-        raise WrongBase(f"State {state.id} was prepared on weights {state.host}, {host.name} has {host.id}. Prepare it again.")
+    """What `name` was prepared with, at hand for whoever puts its patches on. Raises what `_meta.finished` raises."""
+    state = finished(name, host, run.state)
     host.states[state.id] = state
     return state
 
@@ -89,28 +77,18 @@ def lesson_of(case: Case | ScopeCase) -> Lesson:
     return Lesson(question=asked_in(e.prompt), answer=e.target.strip(), inside=inside, outside=tuple(t for t in outside if t not in inside))
 
 
-def scoped(
-    cases: Iterable[Case | ScopeCase],
-    run: Run,
-    *,
-    encoder: str,
-    verifier: Literal["distance", "cross"],
-    backbone: str,
-    steps: int,
-    false_fires: float,
-    device: str,
-    faithful: bool = False,
-) -> Scope:
-    """A scope learnt from the cases, `faithful`: as published. Raises InvalidExample, UnknownName, MissingExtra."""
+def scoped(cases: Iterable[Case | ScopeCase], run: Run, made: Mapping[str, Any], device: str) -> Scope:
+    """A scope learnt with a method's settings; `faithful`: as published. Raises InvalidExample, UnknownName, MissingExtra."""
+    faithful, verifier = bool(made.get("faithful")), made["verifier"]
     scope = scopes.train(
         [lesson_of(case) for case in sorted(cases, key=lambda c: c.id)],
-        encoders.load(encoder, device),
+        encoders.load(made["encoder"], device),
         verifier=verifier,
-        backbone=backbone,
+        backbone=made["backbone"] if verifier == "cross" else "",
         seed=run.seed,
         progress=run.progress,
-        steps=steps or None,
-        false_fires=false_fires,
+        steps=made["scope_steps"] or None,
+        false_fires=made["false_fires"],
         device=device,
         mined=not faithful,
     )

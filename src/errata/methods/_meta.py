@@ -241,10 +241,10 @@ def widths_of(state: State) -> dict[str, tuple[int, int]]:
     return {module: (k, v) for module, (k, v) in state.config["widths"].items()}
 
 
-def known(made: Method, name: str, host: Host, state: State | None, fixed: Sequence[str]) -> tuple[State, Net]:
-    """The state that `made` edits with, checked, and its network. `fixed` are the settings that it has to share with what was prepared.
+def finished(name: str, host: Host, state: State | None) -> State:
+    """The state, if it is one that `name` has finished on these weights.
 
-    Raises UnknownName if there is none, WrongBase if it is of other weights or shapes, InvalidExample if it is of other settings.
+    Raises UnknownName if there is none, WrongBase if it is of other weights, InvalidExample if it is of another method or half done.
     """
     if state is None:
         raise UnknownName(
@@ -256,6 +256,15 @@ def known(made: Method, name: str, host: Host, state: State | None, fixed: Seque
         raise InvalidExample(f"State {state.id} is {what}; {name} needs one that 'errata prepare {name}' has finished.")
     if state.host not in (host.id, host.base_id):
         raise WrongBase(f"State {state.id} was prepared on weights {state.host}, {host.name} has {host.id}. Prepare it again.")
+    return state
+
+
+def known(made: Method, name: str, host: Host, state: State | None, fixed: Sequence[str]) -> tuple[State, Net]:
+    """The state that `made` edits with, checked, and its network. `fixed` are the settings that it has to share with what was prepared.
+
+    Raises UnknownName if there is none, WrongBase if it is of other weights or shapes, InvalidExample if it is of other settings.
+    """
+    state = finished(name, host, state)
     for setting in fixed:
         if (was := state.config.get(setting)) != made.config[setting]:
             raise InvalidExample(

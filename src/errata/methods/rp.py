@@ -33,16 +33,7 @@ class Rp(Method):
     def prepare(self, host: Host, train_cases: Iterable[Case | ScopeCase], run: Run) -> State:
         """The scope. Raises InvalidExample, UnknownName, MissingExtra."""
         cases = tuple(train_cases)
-        scope = _memory.scoped(
-            cases,
-            run,
-            encoder=self.encoder,
-            verifier=self.verifier,
-            backbone=self.backbone if self.verifier == "cross" else "",
-            steps=self.scope_steps,
-            false_fires=self.false_fires,
-            device=str(host.device),
-        )
+        scope = _memory.scoped(cases, run, self.config, str(host.device))
         return _memory.with_scope(State(method="rp", host=host.id, config=self.config, trained_on=frozenset(c.id for c in cases)), scope)
 
     def trained(self, host: Host) -> int:

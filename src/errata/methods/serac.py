@@ -76,17 +76,7 @@ class Serac(Method):
         own = {f.name: self.config[f.name] for f in fields(_notes.Settings) if f.name in self.config}
         settings = _notes.Settings(**own, silent=False, template=_notes.PLAIN)
         state = _notes.learnt(host, reader, "serac", cases, run, settings, self.config)
-        scope = _memory.scoped(
-            cases,
-            run,
-            encoder=self.encoder,
-            verifier=self.verifier,
-            backbone=self.backbone if self.verifier == "cross" else "",
-            steps=self.scope_steps,
-            false_fires=self.false_fires,
-            device=str(host.device),
-            faithful=self.faithful,
-        )
+        scope = _memory.scoped(cases, run, self.config, str(host.device))
         return _memory.with_scope(state, scope)
 
     def trained(self, host: Host) -> int:
