@@ -61,8 +61,8 @@ class Enn(Method):
     share: float = 1.0
     base: float = 1.0
     steps: int = 120
-    lr: float = 5e-5
-    rate: float = 1e-2
+    lr: float = 1e-4
+    rate: float = 3e-2
     least: int = 1
     most: int = 16
     asked: int = 2
