@@ -18,7 +18,8 @@ of scope. Unlike there,
   out of scope where any wording of the two records is the same;
 * the first distance is between the questions alone, as the index has them; the answer is read beside z', for "X plays" asks for an
   instrument, a position or a kind of music, and the answer says which;
-* a probability is not g itself but what lessons that were held back say of it (Platt 1999), over the candidates that an index gives;
+* a probability is not g itself but what lessons that were held back say of it (Platt 1999), over the candidates that an index gives. A
+  cross has a distance beside it that is trained on its own, and both are weighed there: they err on other pairs;
 * what fires is bounded: of queries that concern no record, counted over the whole memory, at most `false_fires` with 95 % confidence
   (Clopper & Pearson 1934). That takes queries as drawn on their own; those of one lesson resemble each other.
 
@@ -33,7 +34,7 @@ from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from errata.hosts import LAB_MODELS
@@ -41,7 +42,8 @@ from errata.memory import encoder as encoders
 from errata.memory.encoder import Encoder, Pooled, Vectors
 from errata.types import Case, InvalidExample, Progress, UnknownName, WrongBase, folded, no_progress
 
-# N texts, P pairs, Q queries, D width of vectors, T tokens
+# N texts, P pairs, K verifiers, D width of vectors, T tokens
+Scores = Float64[np.ndarray, "P K"]
 Chances = Float64[np.ndarray, "P"]
 
 Ruling = Literal["in", "unsure", "out"]
@@ -280,13 +282,14 @@ def _backbone(name: str, device: str) -> Pooled:
     return found
 
 
-def _verifier(kind: str, width: int, backbone: str, device: str) -> Verifier:
+def _verifiers(kind: str, width: int, backbone: str, device: str) -> tuple[Verifier, ...]:
+    """What a scope of this kind asks, the one that it is called after last."""
     if kind not in VERIFIERS:
         raise UnknownName.among("verifier", kind, VERIFIERS)
     if kind == "cross":
-        return Cross(_backbone(backbone, device))
+        return Distance(width, None).to(device), Cross(_backbone(backbone, device))
     transformer = _backbone(backbone, device) if backbone else None
-    return Distance(transformer.width if transformer else width, transformer).to(device)
+    return (Distance(transformer.width if transformer else width, transformer).to(device),)
 
 
 def _learned(verifier: Verifier) -> dict[str, nn.Parameter]:
@@ -294,6 +297,10 @@ def _learned(verifier: Verifier) -> dict[str, nn.Parameter]:
     words = {id(p) for p in verifier.transformer.get_input_embeddings().parameters()} if verifier.transformer is not None else set()
     unused = {id(p) for name, p in verifier.named_parameters() if ".pooler." in name}
     return {name: p for name, p in verifier.named_parameters() if id(p) not in words | unused}
+
+
+def _all_learned(verifiers: Sequence[Verifier]) -> dict[str, nn.Parameter]:
+    return {f"{verifier.kind}/{name}": p for verifier in verifiers for name, p in _learned(verifier).items()}
 
 
 # -------------------------------------------------------------------------------------------------------------------------------- scope
@@ -308,7 +315,8 @@ class Scope:
     near         candidates whose cosine is below it are out without a look: a gate that stays closed is cheap
     fire         chance from which on the ruling is in
     leave        chance up to which it is out; between the two it is unsure
-    slope, shift a chance is sigmoid(slope * score of the verifier + shift)
+    verifiers    one, or for cross two
+    slopes, shift  a chance is sigmoid(slopes . scores of the verifiers + shift)
     false_fires  with 95 % confidence no more of the queries that concern no record fire
     """
 
@@ -316,8 +324,8 @@ class Scope:
     near: float
     fire: float
     leave: float
-    verifier: Verifier
-    slope: float
+    verifiers: tuple[Verifier, ...]
+    slopes: tuple[float, ...]
     shift: float
     false_fires: float
 
@@ -329,23 +337,25 @@ class Scope:
         return [[self._judged(chances.get((i, j), 0.0)) for j in range(len(some))] for i, some in enumerate(candidates)]
 
     def _chances(self, pairs: Sequence[Pair]) -> Chances:
-        return _sigmoid(self.slope * _scores(self.verifier, pairs, self.encoder) + self.shift)
+        return _sigmoid(_scores(self.verifiers, pairs, self.encoder) @ np.array(self.slopes) + self.shift)
 
     def _judged(self, chance: float) -> Judged:
         return Judged(chance=chance, ruling="in" if chance >= self.fire else "out" if chance <= self.leave else "unsure")
 
     def parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Plain JSON, and tensors on the CPU: what a State holds of it. Weights that training left as they were are not in it."""
-        backbone = self.verifier.backbone
+        last = self.verifiers[-1]
         config = {
-            **{"verifier": self.verifier.kind, "encoder": self.encoder.name, "encoder_id": self.encoder.id},
-            **{"backbone": "" if backbone is None else backbone.name, "backbone_id": "" if backbone is None else backbone.id},
+            **{"verifier": last.kind, "encoder": self.encoder.name, "encoder_id": self.encoder.id},
+            **{"backbone": "" if last.backbone is None else last.backbone.name},
+            **{"backbone_id": "" if last.backbone is None else last.backbone.id},
             **{name: float(getattr(self, name)) for name in NUMBERS},
+            "slopes": list(self.slopes),
         }
-        return config, {name: p.detach().to("cpu", _kept_as(p)).clone() for name, p in _learned(self.verifier).items()}
+        return config, {name: p.detach().to("cpu", _kept_as(p)).clone() for name, p in _all_learned(self.verifiers).items()}
 
 
-NUMBERS = ("near", "fire", "leave", "slope", "shift", "false_fires")
+NUMBERS = ("near", "fire", "leave", "shift", "false_fires")
 
 
 def _kept_as(p: Tensor) -> torch.dtype:
@@ -361,10 +371,10 @@ def from_parts(config: Mapping[str, Any], tensors: Mapping[str, Tensor], device:
     try:
         encoder = encoders.load(config["encoder"], device) if encoder is None else encoder
         _check_same("encoder", encoder.name, encoder.id, config["encoder"], config["encoder_id"])
-        verifier = _verifier(config["verifier"], encoder.width, config["backbone"], device)
-        if verifier.backbone is not None:
-            _check_same("backbone", verifier.backbone.name, verifier.backbone.id, config["backbone"], config["backbone_id"])
-        own = _learned(verifier)
+        verifiers = _verifiers(config["verifier"], encoder.width, config["backbone"], device)
+        if (backbone := verifiers[-1].backbone) is not None:
+            _check_same("backbone", backbone.name, backbone.id, config["backbone"], config["backbone_id"])
+        own = _all_learned(verifiers)
         if {n: tuple(p.shape) for n, p in own.items()} != {n: tuple(t.shape) for n, t in tensors.items()}:
             raise WrongBase(
                 f"The tensors of the scope are not those of a {config['verifier']} verifier on {config['backbone'] or 'vectors'}."
@@ -372,7 +382,10 @@ def from_parts(config: Mapping[str, Any], tensors: Mapping[str, Tensor], device:
         with torch.no_grad():
             for name, p in own.items():
                 p.copy_(tensors[name])
-        return Scope(encoder=encoder, verifier=verifier.eval().requires_grad_(False), **{name: config[name] for name in NUMBERS})
+        for verifier in verifiers:
+            verifier.eval().requires_grad_(False)
+        numbers = {name: config[name] for name in NUMBERS}
+        return Scope(encoder=encoder, verifiers=verifiers, slopes=tuple(config["slopes"]), **numbers)
     except KeyError as e:
         if isinstance(e, UnknownName):
             raise
@@ -385,14 +398,15 @@ def _check_same(what: str, name: str, id: str, named: str, known: str) -> None:
 
 
 @torch.no_grad()
-def _scores(verifier: Verifier, pairs: Sequence[Pair], encoder: Encoder, batch_size: int = 64) -> Chances:
-    """(P,) what the verifier says of each pair, pairs of like length together."""
-    out = np.zeros(len(pairs))
-    lengths = [verifier.length(pair) for pair in pairs]
-    in_order = sorted(range(len(pairs)), key=lambda i: lengths[i])
-    for at in range(0, len(pairs), batch_size):
-        chosen = in_order[at : at + batch_size]
-        out[chosen] = verifier([pairs[i] for i in chosen], encoder).double().cpu().numpy()
+def _scores(verifiers: Sequence[Verifier], pairs: Sequence[Pair], encoder: Encoder, batch_size: int = 64) -> Scores:
+    """(P, K) what each verifier says of each pair, pairs of like length together."""
+    out = np.zeros((len(pairs), len(verifiers)))
+    for k, verifier in enumerate(verifiers):
+        lengths = [verifier.length(pair) for pair in pairs]
+        in_order = sorted(range(len(pairs)), key=lambda i: lengths[i])
+        for at in range(0, len(pairs), batch_size):
+            chosen = in_order[at : at + batch_size]
+            out[chosen, k] = verifier([pairs[i] for i in chosen], encoder).double().cpu().numpy()
     return out
 
 
@@ -543,7 +557,6 @@ def train(
     *,
     verifier: Literal["distance", "cross"] = "distance",
     backbone: str = "",
-    begin: Scope | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
     steps: int | None = None,
@@ -558,8 +571,7 @@ def train(
 
     backbone     minilm, lab/bert or the folder of an encoder: what cross reads with; for distance, what is finetuned ("": nothing, vectors
                  are the encoder's own)
-    begin        a scope of the same kind whose verifier is trained on
-    steps        of the descent, each over `batch_size` pairs
+    steps        of the descent, each over `batch_size` pairs (of the distance beside a cross, too, which learns at its own rate)
     held         share of the lessons that is held back, for calibration and the bound
     false_fires  the bound on queries that concern no record, for `fire`; with too few of them held back to say so, none of those fires, and
                  `Scope.false_fires` is what can be said. `leave` lies where so few of the pairs in scope lie below it. Where that is above
@@ -580,14 +592,14 @@ def train(
     learning, back = memory.split(held, rng)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        own = _verifier(verifier, encoder.width, backbone, device)
-    if begin is not None:
-        own.load_state_dict(begin.verifier.state_dict())
+        verifiers = _verifiers(verifier, encoder.width, backbone, device)
     drawn = Drawn(memory, learning, rng, mined)
     if not drawn.inside or not (drawn.outside or drawn.near):
         raise InvalidExample("The lessons to learn from have no pair in scope, or none out of scope. Give more of them.")
-    _descend(own, drawn, remembering, steps, batch_size, rate, progress)
-    return _calibrated(own, memory, back, encoder, remembering, false_fires)
+    for beside in verifiers[:-1]:
+        _descend(beside, drawn, remembering, steps, 2 * batch_size, None, progress)
+    _descend(verifiers[-1], drawn, remembering, steps, batch_size, rate, progress)
+    return _calibrated(verifiers, memory, back, encoder, remembering, false_fires)
 
 
 def _descend(
@@ -601,9 +613,9 @@ def _descend(
 ) -> None:
     """AdamW, a step that rises over a tenth of the way and falls to nothing. Weights end as what `parts` keeps of them."""
     with_transformer = verifier.transformer is not None
-    steps = steps or (600 if with_transformer else 300)
+    steps = steps or (400 if with_transformer else 300)
     rate = rate or (1e-4 if with_transformer else 1e-3)
-    verifier.requires_grad_(False)
+    verifier.eval().requires_grad_(False)
     learned = list(_learned(verifier).values())
     for p in learned:
         p.requires_grad_(True)
@@ -632,7 +644,7 @@ def _descend(
 
 
 def _calibrated(
-    verifier: Verifier, memory: Lessons, back: Sequence[int], encoder: Encoder, remembering: Encoder, false_fires: float
+    verifiers: tuple[Verifier, ...], memory: Lessons, back: Sequence[int], encoder: Encoder, remembering: Encoder, false_fires: float
 ) -> Scope:
     """Chances and thresholds by the lessons that were held back, asked of the whole memory."""
     whole = range(len(memory.lessons))
@@ -650,10 +662,10 @@ def _calibrated(
         if memory.stray(query) or memory.concerns(i, query):
             # a query in scope, asked of the memory without its own record, concerns none of the others
             stray.append([n for n, own in zip(numbers, right, strict=True) if not own])
-    scores_P = _scores(verifier, pairs, remembering)
+    scores_PK = _scores(verifiers, pairs, remembering)
     concerned_P = np.array(concerned, dtype=bool)
-    slope, shift = platt(scores_P, concerned_P)
-    chances_P = _sigmoid(slope * scores_P + shift)
+    slopes, shift = platt(scores_PK, concerned_P)
+    chances_P = _sigmoid(scores_PK @ np.array(slopes) + shift)
     fired = np.array([chances_P[numbers].max(initial=0.0) for numbers in stray])
     certain, bound = above(fired, false_fires)
     enough = -above(-chances_P[concerned_P], false_fires)[0]  # all but so many of the pairs in scope lie above it
@@ -666,33 +678,45 @@ def _calibrated(
         near=near,
         fire=fire,
         leave=leave,
-        verifier=verifier.eval(),
-        slope=slope,
+        verifiers=verifiers,
+        slopes=slopes,
         shift=shift,
         false_fires=bound,
     )
 
 
-def platt(scores_P: Chances, concerned_P: np.ndarray) -> tuple[float, float]:
-    """(slope, shift) so that sigmoid(slope * score + shift) is the chance of being concerned (Platt 1999, with his targets: a few held-out
-    pairs that are all told apart do not make a chance of 1). The slope is not negative: the order of scores stays."""
+def platt(scores_PK: Scores, concerned_P: Bool[np.ndarray, "P"]) -> tuple[tuple[float, ...], float]:
+    """(slopes, shift) so that sigmoid(slopes . scores + shift) is the chance of being concerned (Platt 1999, with his targets: a few
+    held-out pairs that are all told apart do not make a chance of 1). No slope is negative: a verifier is believed or left out."""
     yes = int(concerned_P.sum())
     no = len(concerned_P) - yes
-    wanted = np.where(concerned_P, (yes + 1) / (yes + 2), 1 / (no + 2))
-    middle, spread = (float(scores_P.mean()), float(scores_P.std()) or 1.0) if len(scores_P) else (0.0, 1.0)
-    x = (scores_P - middle) / spread
-    w = np.array([1.0, 0.0])
-    for _ in range(100):
-        chance = _sigmoid(w[0] * x + w[1])
-        wrong, weight = chance - wanted, chance * (1 - chance) + 1e-12
-        gradient = np.array([wrong @ x, wrong.sum()]) + 1e-6 * w
-        hessian = np.array([[weight @ (x * x), weight @ x], [weight @ x, weight.sum()]]) + 1e-6 * np.eye(2)
-        step = np.linalg.solve(hessian, gradient)
-        w = w - step * min(1.0, 2.0 / (float(np.abs(step).max()) + 1e-12))  # a whole Newton step may leap where chances are nearly certain
-        if np.abs(step).max() < 1e-9:
+    wanted_P = np.where(concerned_P, (yes + 1) / (yes + 2), 1 / (no + 2))
+    middle_K, spread_K = (scores_PK.mean(0), scores_PK.std(0) + 1e-9) if len(scores_PK) else (np.zeros(scores_PK.shape[1]),) * 2
+    kept = list(range(scores_PK.shape[1]))
+    while True:
+        x_PK = np.column_stack([(scores_PK[:, kept] - middle_K[kept]) / spread_K[kept], np.ones(len(scores_PK))])
+        w_K = _newton(x_PK, wanted_P)
+        if len(kept) == 1 or (w_K[:-1] >= 0).all():
             break
-    slope = max(float(w[0]), 1e-6) / spread
-    return slope, float(w[1]) - slope * middle
+        kept = [k for k, w in zip(kept, w_K[:-1].tolist(), strict=True) if w >= 0] or kept[-1:]
+    slopes_K = np.zeros(scores_PK.shape[1])
+    slopes_K[kept] = np.maximum(w_K[:-1], 1e-6) / spread_K[kept]
+    return tuple(slopes_K.tolist()), float(w_K[-1] - slopes_K @ middle_K)
+
+
+def _newton(x_PK: Scores, wanted_P: Chances) -> Float64[np.ndarray, "K"]:
+    """The weights of a logistic regression, by Newton's steps; as good as not decayed."""
+    w_K = np.zeros(x_PK.shape[1])
+    decay = 1e-6 * np.eye(len(w_K))
+    for _ in range(100):
+        chance_P = _sigmoid(x_PK @ w_K)
+        gradient_K = x_PK.T @ (chance_P - wanted_P) + decay @ w_K
+        hessian_KK = (x_PK * (chance_P * (1 - chance_P))[:, None]).T @ x_PK + decay
+        step_K = np.linalg.solve(hessian_KK, gradient_K)
+        w_K = w_K - step_K * min(1.0, 2.0 / (float(np.abs(step_K).max()) + 1e-12))  # a whole step may leap where chances are near 0 or 1
+        if np.abs(step_K).max() < 1e-9:
+            break
+    return w_K
 
 
 def above(values: Chances, most: float) -> tuple[float, float]:

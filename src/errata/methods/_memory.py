@@ -96,7 +96,8 @@ def scoped(cases: Iterable[Case | ScopeCase], run: Run, made: Mapping[str, Any],
         return scope
     # g > 1/2, where a score is the logit of g, or log g
     half = math.nextafter(0.5, 1.0)
-    return replace(scope, near=-1.0, fire=half, leave=half, slope=1.0, shift=0.0 if verifier == "cross" else math.log(2))
+    slopes = (*[0.0] * (len(scope.slopes) - 1), 1.0)  # the verifier alone
+    return replace(scope, near=-1.0, fire=half, leave=half, slopes=slopes, shift=0.0 if verifier == "cross" else math.log(2))
 
 
 def with_scope(state: State, scope: Scope) -> State:
