@@ -97,9 +97,11 @@ AS_MEMIT = {f: "it is memit's way into a model, which is run on all families" fo
 }
 UNPREPARED = {"lab/neox": "it would have to learn from the lab first, for minutes"}
 ANSWERS = {goal: "it answers with the target, and cannot answer with something else" for goal in ("lower", "balance")}
+IN_MEMORY = {"narrow": "text that asks for none of its examples costs nothing, and it may fix all of them: there is no ball too narrow"}
 ROWS = (
     # of 12 documents a small share leaves no direction
     Row(method="alphaedit", settings=CLOSED | {"share": 0.3}, cannot=AS_MEMIT),
+    Row(method="elder", settings={"steps": 20}, cannot=IN_MEMORY),
     Row(method="emmet", settings={k: v for k, v in CLOSED.items() if k != "lam"} | {"slack": 0.01}, cannot=AS_MEMIT),
     Row(
         method="ensemble",
@@ -108,9 +110,11 @@ ROWS = (
         cannot={"balance": "it is the small model that is balanced; the large one gets the change that the small one needed"},
     ),
     Row(method="finetune", settings=SMALL | {"lr": 1e-2}),
+    Row(method="grace", settings={"steps": 30}, cannot=IN_MEMORY | {"seeds": "nothing is drawn but the text that finds the radii"}),
     Row(method="lora", settings=SMALL | {"lr": 3e-2, "rank": 4}),
     Row(method="lu", cannot=ANSWERS | {"seeds": "nothing is drawn but the text that finds the bound"}),
     Row(method="malmen", settings=LEARNING | {"lam": 0.01, "share": 0.1}, learns=True, cannot=UNPREPARED),
+    Row(method="melo", settings={"steps": 20}, cannot=IN_MEMORY),
     Row(method="memit", settings=CLOSED),
     Row(method="mend", settings=LEARNING | {"tokens": "answer", "share": 0.1}, learns=True, cannot=UNPREPARED | UNBOUNDED),
     Row(method="nse", settings=CLOSED, cannot=AS_MEMIT),
@@ -413,6 +417,7 @@ def test_the_gate_rules_on_it(row: Row, tiny_gpt2: Host) -> None:
     base = gate.baseline(tiny_gpt2, TEXT)
     _, wide = gate.fit(tiny_gpt2, patch, Budget(epsilon=10.0, fixed=0.0), base)
     assert wide.passed and wide.patch == patch.id and wide.scale == 1.0
+    can(row, "narrow")
     _, narrow = gate.fit(tiny_gpt2, patch, Budget(epsilon=1e-7, fixed=1.0), base)
     assert not narrow.passed and narrow.failures
 
@@ -438,7 +443,7 @@ def test_a_method_of_one_family_refuses_the_others_with_a_sentence(row: Row, fam
 # ----------------------------------------------------------------------------------------------- models that read before they answer
 
 READERS = ("t5", "bert")
-READING = {"finetune", "lora", "lu", "malmen", "mend", "one_layer_interpolation", "ultraedit"}
+READING = {"elder", "finetune", "grace", "lora", "lu", "malmen", "melo", "mend", "one_layer_interpolation", "ultraedit"}
 ANSWERED = tuple(f"{text_[:30].strip()} {i}|{' Rome' if i % 3 else ' the sea'}" for i, text_ in enumerate(TEXT * 4))
 JUDGED = tuple(f"{text_[:30].strip()} {i}|{'true' if i % 3 else 'false'}" for i, text_ in enumerate(TEXT * 4))
 

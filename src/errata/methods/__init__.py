@@ -7,12 +7,15 @@ from errata.types import InvalidExample, Method, UnknownName
 
 METHODS: dict[str, str] = {
     "alphaedit": "errata.methods.alphaedit:Alphaedit",
+    "elder": "errata.methods.elder:Elder",
     "emmet": "errata.methods.emmet:Emmet",
     "ensemble": "errata.methods.ensemble:Ensemble",
     "finetune": "errata.methods.finetune:Finetune",
+    "grace": "errata.methods.grace:Grace",
     "lora": "errata.methods.lora:Lora",
     "lu": "errata.methods.lu:Lu",
     "malmen": "errata.methods.malmen:Malmen",
+    "melo": "errata.methods.melo:Melo",
     "memit": "errata.methods.memit:Memit",
     "mend": "errata.methods.mend:Mend",
     "nse": "errata.methods.nse:Nse",
