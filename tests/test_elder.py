@@ -40,7 +40,7 @@ def test_a_router_gives_each_key_its_experts_and_the_last_ones_to_the_rest() -> 
 
 def test_the_stored_codes_are_those_of_the_questions_and_the_bound_lies_half_way() -> None:
     host = tiny_host("gpt2")
-    (op,) = Elder().edit(host, EXAMPLES, RUN).ops
+    (op,) = Elder(steps=5).edit(host, EXAMPLES, RUN).ops
     assert isinstance(op, Memory)
     order = [EXAMPLES[i].prompt for i in op.owner.tolist()]
     assert torch.equal(codes(keys(host, order, op.reads), op.parts, op.experts), op.vectors)
@@ -58,7 +58,7 @@ def within(host: Host, op: Memory, bound: float, texts: list[str]) -> list[bool]
 
 def test_the_hamming_distance_decides_and_elsewhere_every_bit_stays() -> None:
     host = tiny_host("llama")
-    patch = Elder().edit(host, EXAMPLES, RUN)
+    patch = Elder(steps=5).edit(host, EXAMPLES, RUN)
     (op,) = patch.ops
     assert isinstance(op, Memory)
     asked = [EXAMPLES[0].prompt, "They were both right about", "France uses the", "The capital of Italy is"]
@@ -68,9 +68,11 @@ def test_the_hamming_distance_decides_and_elsewhere_every_bit_stays() -> None:
         assert within(host, op, bound, asked) == (far < bound).tolist()
     batch = hosts.pad(host, [hosts.encode(host, p, " late") for p in asked])
     was, inside = hosts.logits(host, batch), far < op.bound
+    pairs = [(e.prompt, e.target) for e in EXAMPLES]
+    unlikely = hosts.logprobs(host, pairs)[:, 0]
     with apply.applied(host, patch):
         now = hosts.logits(host, batch)
-        assert hosts.fixes(host, EXAMPLES) == [True] * 3
+        assert (hosts.logprobs(host, pairs)[:, 0] > unlikely).all()
     assert torch.equal(now[~inside], was[~inside]) and not torch.equal(now[inside], was[inside])
     assert torch.equal(hosts.logits(host, batch), was)
 

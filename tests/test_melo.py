@@ -7,13 +7,14 @@ import torch
 from conftest import tiny_host
 
 from errata import apply, hosts
+from errata.hosts import Host
 from errata.memory.activations import keys
+from errata.memory.route import Router
 from errata.methods.melo import Melo, clusters
 from errata.types import Example, InvalidExample, Memory, Run
 
 FAR = torch.zeros(1, 1)
 EXAMPLES = tuple(Example(prompt=f"The {what} of Mauritius is", target=" late") for what in ("capital", "rupee", "island"))
-OTHER = Example(prompt="Lily loved to play", target=" Rome")
 RUN = Run(hold=("The nurse said that she would be there soon.", "They were both right about it."))
 
 
@@ -31,7 +32,7 @@ def test_one_label_makes_one_cluster_around_the_mean_of_its_points() -> None:
 def test_two_labels_that_meet_share_the_way_and_no_point_is_forgotten() -> None:
     made = found([10.0, 10.4, 10.5], "aba", 2.0)
     assert [points for points, _ in made] == [[0], [1], [2]]  # a cluster of the first and the last would hold the one between
-    assert [radius for _, radius in made] == pytest.approx([0.2, 0.05, 0.05])
+    assert [radius for _, radius in made] == pytest.approx([0.2, 0.05, 0.05], rel=1e-4)
 
 
 def test_what_holds_still_bounds_a_cluster() -> None:
@@ -39,25 +40,33 @@ def test_what_holds_still_bounds_a_cluster() -> None:
     assert radius == pytest.approx(0.25)
 
 
-def test_the_nearest_point_chooses_the_block_and_a_cluster_shares_it() -> None:
+def test_the_nearest_point_chooses_the_block_and_a_cluster_shares_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("errata.methods.melo.still", lambda *_: 1e3 * torch.ones(1, 128))  # of a random model nobody knows what is near
     host = tiny_host("gpt2")
-    patch = Melo(points=2, steps=5).edit(host, (*EXAMPLES, OTHER), RUN)
-    (op,) = patch.ops
+    (op,) = Melo(points=2, steps=5).edit(host, EXAMPLES, RUN).ops
     assert isinstance(op, Memory) and op.radii is not None
-    order = [patch.examples[i] for i in op.owner.tolist()]
-    clustered = [q for q, e in enumerate(order) if e != OTHER]
-    centre = op.vectors[clustered].mean(0)
-    assert torch.allclose(op.parts["centres"][clustered], centre.expand(3, -1)), "the three want one answer, and nothing else is near"
-    assert op.parts["block"].tolist() == [*([0, 0, 1] if order[-1] == OTHER else []), 2]
+    centre = op.vectors.mean(0)
+    assert torch.allclose(op.parts["centres"], centre.expand(3, -1)), "the three want one answer, and nothing else is near"
+    assert ((op.vectors - centre).norm(dim=1) <= op.radii).all()
+    assert op.parts["block"].tolist() == [0, 0, 1]
     module = next(n for n in op.parts if n.startswith("B/"))
-    assert op.parts[module].shape == (3, 32, 4) and all(float(b.norm()) > 0 for b in op.parts[module])
-    far = (op.vectors[clustered] - centre).norm(dim=1)
-    assert (far <= op.radii[clustered]).all()
+    assert op.parts[module].shape == (2, 32, 4) and all(float(block.norm()) > 0 for block in op.parts[module])
+    found = ranked(host, op, [EXAMPLES[i].prompt for i in op.owner.tolist()])
+    assert found == [0, 1, 2], "each asks for itself, though the centre is one"
+
+
+def ranked(host: Host, op: Memory, asked: list[str]) -> list[int]:
+    """Which of the vectors a router finds nearest to each text."""
+    speaker = Router(host, op, EXAMPLES, "mark")
+    try:
+        return [speaker.entries[turn.examples[0]] for turn in speaker.decide(asked)]
+    finally:
+        speaker.remove()
 
 
 def test_in_no_cluster_the_lora_is_off() -> None:
     host = tiny_host("llama")
-    patch = Melo().edit(host, EXAMPLES[:1], RUN)
+    patch = Melo(steps=5).edit(host, EXAMPLES[:1], RUN)
     (op,) = patch.ops
     assert isinstance(op, Memory) and op.radii is not None
     asked = [EXAMPLES[0].prompt, "Lily loved to play", "France uses the"]
