@@ -18,7 +18,7 @@ ORDER = (
     ("hosts",),
     ("hooks", "engine"),
     ("text", "memory.encoder"),
-    ("memory.index", "memory.vectors", "memory.scope", "memory.reader"),
+    ("memory.index", "memory.vectors", "memory.scope", "memory.reader", "memory.activations"),
     ("memory.route",),
     ("methods",),
     ("apply",),
@@ -39,7 +39,7 @@ ORDER = (
     ("cli",),
 )
 FLOOR = {room: depth for depth, rooms in enumerate(ORDER) for room in rooms}
-METHODS_MAY = {"types", "hosts", "hooks", "text", "methods", "memory.encoder", "memory.scope", "memory.reader"}
+METHODS_MAY = {"types", "hosts", "hooks", "text", "memory.encoder", "memory.scope", "memory.reader", "memory.activations", "methods"}
 
 
 def room_of(module: str) -> str:

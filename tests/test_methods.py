@@ -102,9 +102,11 @@ GATED = {"verifier": "distance", "scope_steps": 5}
 READS = {"rank": 4, "steps": 3, "texts": 4, "every": 2}
 AS_LU = {f: "it is lu's way into a model, which is run on all families" for f in FAMILIES if f not in FEW}
 UNREAD = {"likelier": "a random model makes nothing of what it reads, nor learns it in three steps; test_serac.py has one that does"}
+IN_MEMORY = {"narrow": "text that asks for none of its examples costs nothing, and it may fix all of them: there is no ball too narrow"}
 ROWS = (
     # of 12 documents a small share leaves no direction
     Row(method="alphaedit", settings=CLOSED | {"share": 0.3}, cannot=AS_MEMIT),
+    Row(method="elder", settings={"steps": 20}, cannot=IN_MEMORY),
     Row(method="emmet", settings={k: v for k, v in CLOSED.items() if k != "lam"} | {"slack": 0.01}, cannot=AS_MEMIT),
     Row(
         method="ensemble",
@@ -115,9 +117,11 @@ ROWS = (
     Row(method="enn", settings=STEPPING, learns=True, cannot=UNPREPARED | UNBOUNDED),
     Row(method="finetune", settings=SMALL | {"lr": 1e-2}),
     Row(method="ke", settings=STEPPING | {"states": 8, "condition": 8}, learns=True, cannot=UNPREPARED | UNBOUNDED),
+    Row(method="grace", settings={"steps": 30}, cannot=IN_MEMORY | {"seeds": "nothing is drawn but the text that finds the radii"}),
     Row(method="lora", settings=SMALL | {"lr": 3e-2, "rank": 4}),
     Row(method="lu", cannot=ANSWERS | {"seeds": "nothing is drawn but the text that finds the bound"}),
     Row(method="malmen", settings=LEARNING | {"lam": 0.01, "share": 0.1}, learns=True, cannot=UNPREPARED),
+    Row(method="melo", settings={"steps": 20}, cannot=IN_MEMORY),
     Row(method="memit", settings=CLOSED),
     Row(method="mend", settings=LEARNING | {"tokens": "answer", "share": 0.1}, learns=True, cannot=UNPREPARED | UNBOUNDED),
     Row(method="nse", settings=CLOSED, cannot=AS_MEMIT),
@@ -440,6 +444,7 @@ def test_the_gate_rules_on_it(row: Row, tiny_gpt2: Host) -> None:
     base = gate.baseline(tiny_gpt2, TEXT)
     _, wide = gate.fit(tiny_gpt2, patch, Budget(epsilon=10.0, fixed=0.0), base)
     assert wide.passed and wide.patch == patch.id and wide.scale == 1.0
+    can(row, "narrow")
     _, narrow = gate.fit(tiny_gpt2, patch, Budget(epsilon=1e-7, fixed=1.0), base)
     assert not narrow.passed and narrow.failures
 
@@ -465,7 +470,10 @@ def test_a_method_of_one_family_refuses_the_others_with_a_sentence(row: Row, fam
 # ----------------------------------------------------------------------------------------------- models that read before they answer
 
 READERS = ("t5", "bert")
-READING = {"enn", "eren", "finetune", "ke", "lora", "lu", "malmen", "mend", "one_layer_interpolation", "rp", "serac", "ultraedit"}
+READING = {
+    *("elder", "enn", "eren", "finetune", "grace", "ke", "lora", "lu", "malmen", "melo", "mend", "one_layer_interpolation", "rp"),
+    *("serac", "ultraedit"),
+}
 ANSWERED = tuple(f"{text_[:30].strip()} {i}|{' Rome' if i % 3 else ' the sea'}" for i, text_ in enumerate(TEXT * 4))
 JUDGED = tuple(f"{text_[:30].strip()} {i}|{'true' if i % 3 else 'false'}" for i, text_ in enumerate(TEXT * 4))
 

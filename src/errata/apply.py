@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from errata import hosts
 from errata.hosts import Host, Worn, senses_of, stored_transposed
+from errata.memory import activations
 from errata.memory.route import Propose, Router
 from errata.types import (
     Add,
@@ -154,6 +155,7 @@ def _checked(host: Host, patch: Patch, places: _Places) -> list[_Target]:
         if isinstance(op, Memory):
             if op.weight != host.layout.head:
                 raise InvalidPatch(f"Patch {patch.id} answers for '{op.weight}', in {host.name} the logits come from '{host.layout.head}'.")
+            _check_activations(host, patch, op)
             continue
         if op.weight not in places:
             raise InvalidPatch(f"Patch {patch.id} changes '{op.weight}', which {host.name} does not have.")
@@ -197,6 +199,12 @@ def _check_beside(host: Host, patch: Patch, op: Ensemble) -> None:
             f"Put the small model that it was made with into `host.beside[{op.small!r}]`, or build it again from its examples."
         )
     _check_shifts(small, patch, op.shift)
+
+
+def _check_activations(host: Host, patch: Patch, op: Memory) -> None:
+    there = dict(host.model.named_modules())
+    if missing := [m for m in [*([op.reads] if op.reads else []), *activations.modules(op.parts)] if m not in there]:
+        raise InvalidPatch(f"Patch {patch.id} changes what comes out of '{missing[0]}', which {host.name} does not have.")
 
 
 _Table = tuple[Tensor, Tensor, Tensor]  # ids (R,), senses (R, K, D), keep (R, K), as in `models.backpack.Overrides`
@@ -364,9 +372,11 @@ class _Beside:
 @torch.no_grad()
 def change(host: Host, op: Op) -> Tensor:
     """What the op adds, float32, in the shape and orientation of the parameter; of senses only those that it shifts, (M, D), of an
-    ensemble those of the small model, as much as they count, and of a memory, which adds nothing, what it looks up."""
+    ensemble those of the small model, as much as they count, and of a memory, which adds nothing, what it looks up, and what it has for the
+    activations behind it, in one row."""
     if isinstance(op, Memory):
-        return op.vectors.to(host.device)
+        kept = [op.vectors, *(t for t in op.parts.values() if t.is_floating_point())]
+        return (torch.cat([t.flatten() for t in kept]) if len(kept) > 1 else op.vectors).to(host.device)
     if isinstance(op, Ensemble):
         return op.scale * op.shift.shift.to(host.device)
     if isinstance(op, Senses):

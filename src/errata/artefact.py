@@ -63,7 +63,8 @@ def _op(row: dict[str, Any], tensors: dict[str, Any]) -> Op:
         shift = Senses(weight=row["senses"], **tensors)
         return Ensemble(weight=row["weight"], small=row["small"], parent=row["parent"], shift=shift, scale=row["scale"])
     if kind is Memory:
-        return Memory(**{key: value for key, value in row.items() if key != "kind"}, **tensors)
+        own = {name: tensors.pop(name) for name in ("vectors", "owner", "radii") if name in tensors}
+        return Memory(**{key: value for key, value in row.items() if key != "kind"}, **own, parts=tensors)
     extra: dict[str, Any] = {"scale": row["scale"]} if kind is AddLowRank else {}
     return kind(weight=row["weight"], **tensors, **extra)
 

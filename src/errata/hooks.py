@@ -130,17 +130,28 @@ def skipping(model: nn.Module, names: Sequence[str], output: object) -> Iterator
 
 
 @contextmanager
-def shifting(model: nn.Module, shifts: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Inside the block, the output of each named module, (N, T, D), is replaced by `shifts[name](output)`."""
-    modules = {name: module(model, name) for name in shifts}  # all found before the first hook is set
+def changing(model: nn.Module, changes: Mapping[str, Callable[[Tensor, Tensor], Tensor]]) -> Iterator[None]:
+    """Inside the block, the output of each named module, (N, T, D), is replaced by `changes[name](input, output)`."""
+    modules = {name: module(model, name) for name in changes}  # all found before the first hook is set
     rows = _Rows(model)
 
-    def turn(shift: Callable[[Tensor], Tensor]) -> Callable[..., object]:
-        def hook(_module: nn.Module, _given: object, output: Tensor | tuple[Any, ...]) -> object:
-            fresh = shift(rows.fold(first(output)))
+    def turn(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., object]:
+        def hook(_module: nn.Module, given: tuple[object, ...], named: dict[str, object], output: Tensor | tuple[Any, ...]) -> object:
+            fresh = change(rows.fold(_first_input(given, named)), rows.fold(first(output)))
             return with_first(output, fresh.reshape(first(output).shape))
 
         return hook
 
-    with _held([rows.handle, *(m.register_forward_hook(turn(shifts[name])) for name, m in modules.items())]):
+    with _held([rows.handle, *(m.register_forward_hook(turn(changes[name]), with_kwargs=True) for name, m in modules.items())]):
+        yield
+
+
+@contextmanager
+def shifting(model: nn.Module, shifts: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Inside the block, the output of each named module, (N, T, D), is replaced by `shifts[name](output)`."""
+
+    def turn(shift: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda _given, output: shift(output)
+
+    with changing(model, {name: turn(shift) for name, shift in shifts.items()}):
         yield

@@ -562,8 +562,8 @@ class Ensemble:
         return self.shift.tensors
 
 
-Gate = Literal["scope", "distance", "reader"]
-Voice = Literal["note", "stored"]
+Gate = Literal["scope", "distance", "reader", "code"]
+Voice = Literal["note", "stored", "value", "ranks"]
 GATES: tuple[Gate, ...] = get_args(Gate)
 VOICES: tuple[Voice, ...] = get_args(Voice)
 
@@ -578,8 +578,14 @@ class Memory:
     vectors    (Q, D) one for each question that is looked up, in the order of the questions' texts
     owner      (Q,) the number of the example, in the patch, that each of them asks for
     gate       what decides of the `nearest` examples: a trained `scope`; the `distance` of the vectors, which has to be under `bound`; the
-               `reader` that is to answer, which may say that it cannot
-    voice      what answers: a model that reads the example as a `note` in front of the question, or the `stored` target itself
+               `reader` that is to answer, which may say that it cannot; the `code` of the experts that a router chooses, whose Hamming
+               distance has to be under `bound`
+    voice      what answers: a model that reads the example as a `note` in front of the question, the `stored` target itself, or the model
+               with another activation, of a learnt `value` or by learnt `ranks`, from the last place of what is asked on
+    radii      (Q,) how far each vector reaches; distances then are shares of the radius
+    reads      the module whose input at the last place of what is asked is the vector; "": see `encoder`
+    parts      what is put in place, by names with a module in them (`memory/activations.py`)
+    experts    how many blocks of ranks speak at once where a router chooses them
     notes      how many examples speak at once, at most
     encoder    name of what the vectors are made with; "": the scope's own, or for a `distance` what the host itself makes of the questions
     template   what the reader reads, with {notes} and {question} in it
@@ -603,9 +609,21 @@ class Memory:
     small: str = ""
     soft: bool = False
     scale: float = 1.0
+    radii: Tensor | None = None
+    reads: str = ""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    experts: int = 1
 
     def __post_init__(self) -> None:
-        _check_tensor(self.weight, vectors=self.vectors)
+        object.__setattr__(self, "parts", MappingProxyType(dict(sorted(self.parts.items()))))
+        counts = {name for name, t in self.parts.items() if t.dtype == torch.int64}
+        _check_tensor(self.weight, **{n: t for n, t in self.tensors.items() if n not in counts | {"owner"}})
+        if self.radii is not None and (self.radii.shape != self.owner.shape or not (self.radii >= 0).all()):
+            raise InvalidPatch(f"Each vector of the memory of '{self.weight}' has one radius, got {tuple(self.radii.shape)}.")
+        if self.voice in ("value", "ranks") and not (self.reads and self._parts_fit()):
+            raise InvalidPatch(
+                f"What the memory of '{self.weight}' has for its activations does not fit: {', '.join(self.parts) or 'none'}."
+            )
         if self.owner.device.type != "cpu" or self.owner.dtype != torch.int64 or self.owner.ndim != 1:
             raise InvalidPatch(f"owner of '{self.weight}' must be one row of int64 on the CPU, got {self.owner.dtype}.")
         if self.vectors.ndim != 2 or len(self.vectors) != len(self.owner) or (len(self.owner) and int(self.owner.min()) < 0):
@@ -626,14 +644,27 @@ class Memory:
         object.__setattr__(self, "bound", float(self.bound))
         object.__setattr__(self, "scale", float(self.scale))
 
+    def _parts_fit(self) -> bool:
+        """Whether every module that is changed has all it needs for the same number of entries, and each vector has one of them."""
+        shapes, each = {name: tuple(t.shape) for name, t in self.parts.items()}, (len(self.owner),)
+        kinds = ["value"] if self.voice == "value" else ["A", "B"]
+        kinds += ["router", "bias"] if self.gate == "code" else []
+        modules = {name.partition("/")[2] for name in shapes if "/" in name}
+        entries = {shapes.get(f"{kind}/{module}", (0,))[0] for module in modules for kind in kinds}
+        last = int(self.parts["block"].max()) if "block" in shapes and each[0] else len(self.owner) - 1 if self.gate != "code" else 0
+        fit = shapes.get("places") == each == shapes.get("block", each) and shapes.get("centres", self.vectors.shape) == self.vectors.shape
+        return bool(fit and len(entries) == 1 and last < min(entries))
+
     @property
     def tensors(self) -> dict[str, Tensor]:
-        return {"vectors": self.vectors, "owner": self.owner}
+        radii = {} if self.radii is None else {"radii": self.radii}
+        return {"vectors": self.vectors, "owner": self.owner, **radii, **self.parts}
 
     @property
     def said(self) -> dict[str, Any]:
         """What it says besides its weight and its tensors, as plain JSON."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("weight", "vectors", "owner")}
+        tensors = ("weight", "vectors", "owner", "radii", "parts")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tensors}
 
 
 Op = Add | AddLowRank | Senses | Ensemble | Memory

@@ -85,6 +85,11 @@ def asked_in(text: str, going_on: bool = False) -> str:
     return "" if going_on and last[-1:] in (".", "!", "…") else last
 
 
+def sentences(text: str) -> list[str]:
+    """What a text says, one sentence after the other."""
+    return [sentence.strip() for sentence in _END.split(text) if sentence.strip()]
+
+
 def ends(text: str) -> bool:
     """Whether a sentence ends with the end of the text, as far as one can tell before more is said."""
     return "\n" in text or text.rstrip("\"'”’)] ")[-1:] in (".", "!", "?", "…")

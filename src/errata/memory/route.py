@@ -20,6 +20,7 @@ File legend: N rows, T tokens, P positions, V vocabulary, Q questions, D width o
 import functools
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from errata import hosts
 from errata.hosts import Batch, Host, Said
+from errata.memory import activations
 from errata.memory import encoder as encoders
 from errata.memory import scope as scopes
 from errata.memory.index import Index
@@ -87,6 +89,7 @@ class Router:
         self.reader = reader_of(host, op.small, state) if op.voice == "note" else host
         self.encoder = self.scope.encoder if self.scope else encoders.load(op.encoder) if op.encoder else None
         self.rows_QD, self.owner_Q = op.vectors.numpy(), op.owner.tolist()
+        self.entries = {self.examples[i]: q for q, i in enumerate(self.owner_Q)} if op.parts else {}
         self.index = Index(op.vectors.shape[1])
         if self.encoder is not None:
             if len(self.owner_Q) and self.encoder.width != op.vectors.shape[1]:
@@ -128,7 +131,7 @@ class Router:
         if self.scope is not None:
             candidates = [[Candidate(question=q, answer=e.target.strip(), score=s) for e, q, s in some] for some in near]
             judged = self.scope.judge(texts, candidates)
-        elif self.op.gate == "distance":
+        elif self.op.gate in ("distance", "code"):
             judged = [[_by_distance(-s, self.op.bound) for _, _, s in some] for some in near]
         else:
             judged = [[Judged(chance=1.0, ruling="in")] * len(some) for some in near]
@@ -154,13 +157,11 @@ class Router:
     def _nearest(self, texts: Sequence[str], most: int) -> list[list[Near]]:
         if not self.examples:
             return [[] for _ in texts]
-        vectors = embedded(self.host, texts).numpy() if self.encoder is None else self.encoder.encode(texts)
+        vectors = self._vectors(texts)
         out: list[list[Near]] = []
         for vector in vectors:
             if self.encoder is None:
-                scores = -np.linalg.norm(self.rows_QD - vector, axis=1)
-                order = np.argsort(-scores, kind="stable")[: 2 * most].tolist()
-                scored = [(i, float(scores[i])) for i in order]
+                scored = self._ranked(vector, 2 * most)
             else:
                 numbers, products = self.index.search(vector, 2 * most)
                 scored = list(zip(numbers.tolist(), products.tolist(), strict=True))
@@ -169,6 +170,27 @@ class Router:
                 met.setdefault(self.owner_Q[question], score)
             out.append([(self.examples[i], self.examples[i].prompt, score) for i, score in list(met.items())[:most]])
         return out
+
+    def _vectors(self, texts: Sequence[str]) -> Any:
+        if self.encoder is not None:
+            return self.encoder.encode(texts)
+        if not self.op.reads:
+            return embedded(self.host, texts).numpy()
+        keys_NK = activations.keys(self.host, texts, self.op.reads)
+        return (activations.codes(keys_NK, self.op.parts, self.op.experts) if self.op.gate == "code" else keys_NK).numpy()
+
+    def _ranked(self, vector: Any, most: int) -> list[tuple[int, float]]:
+        """(question, minus how far it is) of the nearest. With radii, how far is a share of the radius around the question's centre, and
+        those within it come first."""
+        apart_QK = self.rows_QD - vector
+        far_Q = np.abs(apart_QK).sum(1) if self.op.gate == "code" else np.linalg.norm(apart_QK, axis=1)
+        scores_Q, outside_Q = -far_Q, np.zeros(len(far_Q))
+        if self.op.radii is not None:
+            centres_QK = self.op.parts.get("centres")
+            from_centre_Q = far_Q if centres_QK is None else np.linalg.norm(centres_QK.numpy() - vector, axis=1)
+            scores_Q = -from_centre_Q / np.maximum(self.op.radii.numpy(), np.finfo(np.float32).tiny)
+            outside_Q = scores_Q <= -self.op.bound
+        return [(int(q), float(scores_Q[q])) for q in np.lexsort((far_Q, outside_Q))[:most]]
 
     def _answerable(self, text: str, near: Sequence[Near]) -> bool:
         """Whether the reader gives an answer with these notes before it (Chen et al. 2024, EREN, arXiv 2403.17431, step 1)."""
@@ -250,14 +272,31 @@ class Router:
             rows.append(([*read, *(answer if self.host.kind != "classifier" else [0])], len(read)))
         out = [torch.empty(0)] * len(rows)
         for group in hosts.by_length(rows, hosts.at_once(self.reader)):
-            with hosts.alone(self.host):
+            with hosts.alone(self.host), self._changed([turns[i] for i in group], [rows[i][1] for i in group]):
                 logits_NTV = hosts.logits(self.reader, hosts.pad(self.reader, [rows[i] for i in group]))
             for n, i in enumerate(group):
                 start = rows[i][1] - 1 if self.host.kind == "causal" else 0
                 out[i] = logits_NTV[n, start : start + (len(answers[i]) + 1 if self.host.kind != "classifier" else 1)]
         return out
 
+    def _changed(self, turns: Sequence[Turn], given: Sequence[int]) -> AbstractContextManager[None]:
+        """The host with the activations that the op has for these turns; where it reads notes, as it is."""
+        parts, changed = self.op.parts, activations.modules(self.op.parts)
+        if not changed:
+            return nullcontext()
+        rows = [self.entries[turn.examples[0]] for turn in turns]
+        if self.op.gate == "code":
+            x_NK = activations.keys(self.host, [turn.asked for turn in turns], self.op.reads)
+            routers = {m: (parts[f"router/{m}"], parts[f"bias/{m}"]) for m in changed}
+            chosen = {m: activations.routed(x_NK, *router, self.op.experts) for m, router in routers.items()}
+        else:
+            index_N1 = parts["block"][rows][:, None] if "block" in parts else torch.tensor(rows)[:, None]
+            chosen = dict.fromkeys(changed, (index_N1, torch.ones(index_N1.shape)))
+        return activations.changed(self.host, parts, chosen, given, parts["places"][rows].tolist())
+
     def _to_read(self, turn: Turn) -> str:
+        if self.op.voice in ("value", "ranks"):
+            return turn.asked
         return self.op.template.replace("{notes}", note_of(turn.examples)).replace("{question}", turn.asked)
 
     def _stored(self, turn: Turn, answer: list[int], own_PV: Tensor) -> Tensor:

@@ -7,15 +7,18 @@ from errata.types import InvalidExample, Method, UnknownName
 
 METHODS: dict[str, str] = {
     "alphaedit": "errata.methods.alphaedit:Alphaedit",
+    "elder": "errata.methods.elder:Elder",
     "emmet": "errata.methods.emmet:Emmet",
     "ensemble": "errata.methods.ensemble:Ensemble",
     "enn": "errata.methods.enn:Enn",
     "eren": "errata.methods.eren:Eren",
     "finetune": "errata.methods.finetune:Finetune",
+    "grace": "errata.methods.grace:Grace",
     "ke": "errata.methods.ke:Ke",
     "lora": "errata.methods.lora:Lora",
     "lu": "errata.methods.lu:Lu",
     "malmen": "errata.methods.malmen:Malmen",
+    "melo": "errata.methods.melo:Melo",
     "memit": "errata.methods.memit:Memit",
     "mend": "errata.methods.mend:Mend",
     "nse": "errata.methods.nse:Nse",
