@@ -110,7 +110,7 @@ ROWS = (
     Row(method="emmet", settings={k: v for k, v in CLOSED.items() if k != "lam"} | {"slack": 0.01}, cannot=AS_MEMIT),
     Row(
         method="ensemble",
-        settings=SMALL | {"steps": 16, "small": "small", "lam": 30.0},  # the ball of these tests is wide
+        settings=SMALL | {"steps": 16, "small": "small", "lam": 100.0},  # the ball of these tests is wide
         beside=True,
         cannot={"balance": "it is the small model that is balanced; the large one gets the change that the small one needed"},
     ),

@@ -91,7 +91,7 @@ def test_more_of_the_same_is_the_same_plan_and_anything_else_is_another() -> Non
 def test_without_optuna_there_is_an_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(MissingExtra, match=r'pip install "errata\[protocol\]"'):
-        protocol._searched(Plan(columns=(LORA,)), tmp_path, 1, lambda items, label, total: iter(items), {})
+        protocol._searched(protocol.Bench(plan=Plan(columns=(LORA,))), tmp_path, 1, lambda items, label, total: iter(items))
 
 
 # ------------------------------------------------------------------------------------------------------------------------- the splits
@@ -259,7 +259,7 @@ def run(self, job):
     return {"number": job.number, "settings": dict(job.settings), "balls": balls}
 
 protocol.Bench.run = run
-protocol._checked = lambda plan, given: {"h": SimpleNamespace(id="b2:0")}
+protocol._checked = lambda plan, given: protocol.Bench(plan=plan, loaded={"h": SimpleNamespace(id="b2:0")})
 columns = tuple(protocol.Column(host="h", method=m) for m in ("finetune", "lora"))
 found = protocol.run(protocol.Plan(columns=columns, tasks=("verb", "gender"), trials=4, seeds=2), folder)
 assert len(found) == 12 and all(len(f.tests) == 2 for f in found)
@@ -417,12 +417,13 @@ def test_workers_find_what_one_process_finds(place: Path, tmp_path: Path) -> Non
         Job(column=column, task="country", split="validation", settings=settings, seed=n, number=n, epsilons=(1e-1,), caps=(None,))
         for n in range(3)
     ]
-    alone = {job.number: told["balls"] for job, told in protocol.executed(plan, jobs, 1, {})}
-    together = {job.number: told["balls"] for job, told in protocol.executed(plan, jobs, 2, {})}
+    bench = protocol.Bench(plan=plan)
+    alone = {job.number: told["balls"] for job, told in protocol.executed(bench, jobs, 1)}
+    together = {job.number: told["balls"] for job, told in protocol.executed(bench, jobs, 2)}
     assert alone == together
     broken = replace(plan, data=str(tmp_path))
     with pytest.raises(ValueError, match="Cannot read"):
-        list(protocol.executed(broken, jobs, 2, {}))
+        list(protocol.executed(protocol.Bench(plan=broken), jobs, 2))
 
 
 def test_what_is_wrong_with_the_files_is_said_in_one_sentence(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

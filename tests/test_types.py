@@ -32,6 +32,7 @@ from errata.types import (
     InvalidPatch,
     InvalidReference,
     LedgerError,
+    Memory,
     Method,
     Neighbour,
     Patch,
@@ -599,6 +600,9 @@ VALUES = {
     "AddLowRank": lambda: AddLowRank(weight="w", A=torch.zeros(1, 1), B=torch.zeros(1, 1)),
     "Senses": senses,
     "Ensemble": ensemble,
+    "Memory": lambda: Memory(
+        weight="w", vectors=torch.zeros(1, 2), owner=torch.zeros(1, dtype=torch.long), gate="distance", voice="stored"
+    ),
     "Patch": patch,
     "Budget": Budget,
     "Verdict": verdict,

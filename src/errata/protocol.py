@@ -530,13 +530,12 @@ def _told(before: Sequence[Score], after: Sequence[Score], split: Split) -> dict
 # ----------------------------------------------------------------------------------------------------------------------- many edits
 
 
-def executed(plan: Plan, jobs: Sequence[Job], workers: int, given: Mapping[str, Host]) -> Iterator[tuple[Job, Outcome]]:
-    """Each job with its outcome, as they come: in this process, or in `workers` of their own, which end with it.
+def executed(bench: Bench, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Outcome]]:
+    """Each job with its outcome, as they come: on the bench, or in `workers` of their own, which end with this process.
 
-    `given` are hosts that are loaded already, for this process. Raises what a job raises.
+    Raises what a job raises.
     """
     if workers == 1:
-        bench = Bench(plan=plan, given=given)
         for job in jobs:
             yield job, bench.run(job)
         return
@@ -545,7 +544,7 @@ def executed(plan: Plan, jobs: Sequence[Job], workers: int, given: Mapping[str, 
     try:
         for _ in range(min(workers, len(jobs))):
             ours, theirs = context.Pipe()
-            processes.append(context.Process(target=_serve, args=(plan, theirs, workers), daemon=True))
+            processes.append(context.Process(target=_serve, args=(bench.plan, theirs, workers), daemon=True))
             processes[-1].start()
             theirs.close()  # else its end would not be seen
             busy[ours] = waiting.popleft()
@@ -595,17 +594,17 @@ def run(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    given = _checked(plan, given or {})
-    trials = _searched(plan, folder, workers, progress, given)
+    bench = _checked(plan, given or {})
+    trials = _searched(bench, folder, workers, progress)
     tests = {where: _tests(plan, *where, found) for where, found in trials.items()}
     kept = _Kept(folder / "runs.jsonl")
 
     def key(job: Job) -> str:
-        return key_of(plan, given[job.column.host], job)
+        return key_of(plan, bench.host(job.column.host), job)
 
     jobs = {key(job): job for by_ball in tests.values() for own in by_ball.values() for job in own}
     missing = [job for name, job in jobs.items() if name not in kept.rows]
-    for job, outcome in progress(executed(plan, missing, workers, given), "testing", len(missing)):
+    for job, outcome in progress(executed(bench, missing, workers), "testing", len(missing)):
         kept.add(key(job), outcome)
     return tuple(
         Found(
@@ -620,8 +619,9 @@ def run(
     )
 
 
-def _checked(plan: Plan, given: Mapping[str, Host]) -> Mapping[str, Host]:
-    """The hosts. What would be found out late otherwise: models that are not there, tasks that cannot be read, splits that overlap."""
+def _checked(plan: Plan, given: Mapping[str, Host]) -> Bench:
+    """A bench with the hosts on it. What would be found out late otherwise: models that are not there, tasks that cannot be read, splits
+    that overlap."""
     bench = Bench(plan=plan, given=given)
     for name in dict.fromkeys(column.host for column in plan.columns):
         host = bench.host(name)
@@ -630,7 +630,7 @@ def _checked(plan: Plan, given: Mapping[str, Host]) -> Mapping[str, Host]:
             validation, test = (task_of(plan, host, task, split) for split in ("validation", "test"))
             if plan.variant != "published":  # theirs do: 162 pairs of StereoSet stand in both
                 check_apart(validation, test)
-    return {**given, **bench.loaded}
+    return bench
 
 
 def key_of(plan: Plan, host: Host, job: Job) -> str:
@@ -639,16 +639,14 @@ def key_of(plan: Plan, host: Host, job: Job) -> str:
     return digest("job", plan.id, host.id, canonical_json(plain))
 
 
-def _searched(
-    plan: Plan, folder: Path, workers: int, progress: Progress, given: Mapping[str, Host]
-) -> dict[tuple[Column, str], list[Outcome]]:
+def _searched(bench: Bench, folder: Path, workers: int, progress: Progress) -> dict[tuple[Column, str], list[Outcome]]:
     """The trials of each column and task: those that the folder holds, and those that were missing."""
     try:
         import optuna
     except ImportError as e:
         raise MissingExtra('The search needs Optuna, which is not installed: pip install "errata[protocol]".') from e
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # each study announces itself otherwise
-    storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'search.db'}")
+    plan, storage = bench.plan, optuna.storages.RDBStorage(f"sqlite:///{folder / 'search.db'}")
     try:
         studies: dict[tuple[Column, str], Study] = {}
         settings_of: dict[tuple[Column, str], list[dict[str, Any]]] = {}
@@ -658,7 +656,7 @@ def _searched(
                 name = f"{plan.mode}, {column.host}, {column.label}, {task}"
                 studies[column, task] = study = optuna.create_study(
                     storage=storage,
-                    study_name=f"{name}, {plan.id}, {given[column.host].id}",
+                    study_name=f"{name}, {plan.id}, {bench.host(column.host).id}",
                     directions=["maximize"] * len(plan.epsilons),
                     load_if_exists=True,
                 )
@@ -680,7 +678,7 @@ def _searched(
                         )
                     )
         trial_of = dict(zip((job.name for job in jobs), trials, strict=True))
-        for job, outcome in progress(executed(plan, jobs, workers, given), "searching", len(jobs)):
+        for job, outcome in progress(executed(bench, jobs, workers), "searching", len(jobs)):
             trial = trial_of[job.name]
             finished = optuna.trial.create_trial(  # at once and whole: a kill leaves nothing behind that is half a trial
                 params=trial.params,
