@@ -691,7 +691,9 @@ def platt(scores_PK: Scores, concerned_P: Bool[np.ndarray, "P"]) -> tuple[tuple[
     yes = int(concerned_P.sum())
     no = len(concerned_P) - yes
     wanted_P = np.where(concerned_P, (yes + 1) / (yes + 2), 1 / (no + 2))
-    middle_K, spread_K = (scores_PK.mean(0), scores_PK.std(0) + 1e-9) if len(scores_PK) else (np.zeros(scores_PK.shape[1]),) * 2
+    middle_K, spread_K = np.zeros(scores_PK.shape[1]), np.ones(scores_PK.shape[1])
+    if len(scores_PK):
+        middle_K, spread_K = scores_PK.mean(0), scores_PK.std(0) + 1e-9
     kept = list(range(scores_PK.shape[1]))
     while True:
         x_PK = np.column_stack([(scores_PK[:, kept] - middle_K[kept]) / spread_K[kept], np.ones(len(scores_PK))])
