@@ -60,7 +60,7 @@ class Enn(Method):
     second_order: bool = False
     share: float = 1.0
     base: float = 1.0
-    steps: int = 120
+    steps: int = 60
     lr: float = 1e-4
     rate: float = 3e-2
     least: int = 1
