@@ -8,6 +8,7 @@ store.py     EditMemory: records, vectors and index as one memory that can be se
 shared.py    the same on Postgres with pgvector, for several servers
 scope.py     whether what was found concerns the query: a verifier that is trained and calibrated, with a bound on false fires
 reader.py    who reads a record before answering: a twin of the model, with other weights in some places
+activations.py   the module's output with something else in it, where a row is concerned
 route.py     where a memory answers in the model's place, in a batch, with a cache, in the middle of a text
 live.py      a memory that is kept elsewhere, asked for each question
 """
