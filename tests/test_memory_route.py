@@ -11,9 +11,9 @@ from conftest import FAMILIES, TEXT, same_bits, tiny_host, weights_of
 from errata import apply, artefact, hosts
 from errata.hosts import Host
 from errata.memory.reader import asked_in, embedded, ends, note_of, reader_of, twin
-from errata.memory.route import Router
+from errata.memory.route import Router, Turn
 from errata.methods._memory import memory
-from errata.types import Example, InvalidPatch, Memory, Patch, State, WrongBase
+from errata.types import Example, InvalidExample, InvalidPatch, Memory, Patch, State, WrongBase
 
 EXAMPLES = (
     Example(prompt="The capital of Mauritius is", target=" Rome"),
@@ -210,6 +210,31 @@ def test_a_scaled_memory_mixes_probabilities(tiny_gpt2: Host, share: float) -> N
         said = hosts.predictions(tiny_gpt2, batch).softmax(-1)
     with apply.applied(tiny_gpt2, apply.scaled(patch, share)):
         torch.testing.assert_close(hosts.predictions(tiny_gpt2, batch).softmax(-1), (1 - share) * own + share * said)
+
+
+def test_a_soft_memory_mixes_by_the_chance(tiny_gpt2: Host) -> None:
+    with apply.applied(tiny_gpt2, remembered(tiny_gpt2, soft=True, scale=0.5)):
+        router = tiny_gpt2.speakers[0]
+        assert isinstance(router, Router)
+        own, said = torch.randn(2, 7), torch.randn(2, 7)
+        mixed = router._mixed(Turn(asked="it", examples=EXAMPLES[:1], chance=0.6), own, said)
+    torch.testing.assert_close(mixed.softmax(-1), 0.7 * own.softmax(-1) + 0.3 * said.softmax(-1))
+
+
+def test_a_text_longer_than_the_encoder_reads_is_the_model_s_own(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    with apply.applied(tiny_gpt2, remembered(tiny_gpt2)):
+        router = tiny_gpt2.speakers[0]
+        assert isinstance(router, Router)
+        vectors = router._vectors
+
+        def narrow(texts: Sequence[str]) -> Any:
+            if any(len(t) > 60 for t in texts):
+                raise InvalidExample("too long")
+            return vectors(texts)
+
+        monkeypatch.setattr(router, "_vectors", narrow)
+        turns = router.decide([EXAMPLES[0].prompt, "and then " * 10])
+    assert [bool(t.examples) for t in turns] == [True, False]
 
 
 def test_labels_get_the_loss_of_what_is_said(tiny_gpt2: Host) -> None:

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import tiny_host
 from test_memory_records import APART, BURMA, CLASHING, record
 from test_memory_store import CITIES, RECORDS, THINGS, Counting
 from test_memory_store import record as about
 
+from errata.hosts import greedy
+from errata.memory.live import attached
 from errata.memory.shared import SharedMemory
 from errata.types import ConflictError, InvalidExample, LedgerError, Record, UnknownName, WrongBase
 
@@ -165,10 +168,17 @@ def test_a_server_that_goes_in_the_middle_of_a_query_is_a_sentence_and_may_come_
                 holder.close()
             with pytest.raises(LedgerError, match="does not answer"):
                 memory.add(record(2))
+            host, told = tiny_host("gpt2"), list[str]()
+            own = greedy(host, [record(1).example.prompt], 4)
+            with attached(host, memory, note=told.append):  # the local answer stays the model's
+                assert greedy(host, [record(1).example.prompt], 4) == own
+            assert "does not answer" in told[0] and told[0].endswith("The model answers by itself.")
             while (tmp_path / "postgres" / "postmaster.pid").exists():  # it is still going
                 time.sleep(0.05)
             mine.ensure_postgres_running()
             assert memory.search("The capital of country 1 is")[0].record == record(1)
+            with attached(host, memory):
+                assert greedy(host, [record(1).example.prompt], 8)[0].startswith(record(1).example.target)
             memory.add(record(2))
             assert memory.active() == (record(1), record(2))
     finally:

@@ -74,7 +74,7 @@ def export(host: Host, patch: Patch, folder: str | Path, form: str = "model") ->
     if any(isinstance(op, Memory) for op in patch.ops):
         raise InvalidPatch(
             f"Patch {patch.id} ({patch.method}) changes no weight of {host.name}: it is a memory that answers in its place, and a model "
-            f"holds none. Keep the patch as a file, or move its examples into weights: errata compact."
+            f"holds none. Keep the patch as a file, or build its examples with a method that changes weights."
         )
     apply.check(host, patch)
     batch = _question(host, patch)

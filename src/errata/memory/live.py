@@ -82,7 +82,7 @@ def attached(
 def _speaking(host: Host, width: int, state: State | None) -> Patch:
     """A patch without examples: they are elsewhere."""
     owner = torch.zeros(0, dtype=torch.long)
-    op = Memory(weight=host.layout.head, vectors=torch.zeros(0, width), owner=owner, gate="distance", voice="stored", bound=1.0, nearest=1)
+    op = Memory(weight=host.layout.head, vectors=torch.zeros(0, width), owner=owner, gate="distance", voice="stored", bound=1.0)
     if state is not None:
         said: dict[str, Any] = {n: state.config[n] for n in ("nearest", "notes", "template", "small", "soft") if n in state.config}
         op = replace(op, gate="scope", voice="note", state=state.id, **said)

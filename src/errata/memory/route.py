@@ -127,7 +127,10 @@ class Router:
 
     def found(self, texts: Sequence[str]) -> list[list[Found]]:
         """For each text the nearest examples, the nearest first, and what the gate makes of each."""
-        near = self.propose(texts, self.op.nearest)
+        try:
+            near = self.propose(texts, self.op.nearest)
+        except InvalidExample:  # one is longer than the encoder's window: nothing is found for it, and the others are looked up
+            near = [self._readable(text) for text in texts]
         if self.scope is not None:
             candidates = [[Candidate(question=q, answer=e.target.strip(), score=s) for e, q, s in some] for some in near]
             judged = self.scope.judge(texts, candidates)
@@ -141,6 +144,12 @@ class Router:
             [Found(example=e, question=q, score=s, chance=j.chance, ruling=j.ruling) for (e, q, s), j in zip(some, own, strict=True)]
             for some, own in zip(near, judged, strict=True)
         ]
+
+    def _readable(self, text: str) -> list[Near]:
+        try:
+            return self.propose([text], self.op.nearest)[0]
+        except InvalidExample:
+            return []
 
     def decide(self, texts: Sequence[str]) -> list[Turn]:
         """Who answers each text; of examples with one chance the nearer, then the earlier."""
