@@ -22,7 +22,7 @@ File legend: N rows, K key width, V value width.
 import math
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Protocol, final
 
@@ -163,6 +163,11 @@ class Point:
     best_step: int
     dropped: int
     carried: Mapping[str, float] = field(default_factory=dict)
+
+
+def settings_of(config: Mapping[str, Any]) -> Settings:
+    """Those of the training among a method's."""
+    return Settings(**{f.name: config[f.name] for f in fields(Settings)})
 
 
 def check(name: str, config: Mapping[str, Any]) -> None:

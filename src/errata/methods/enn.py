@@ -26,7 +26,7 @@ File legend: none; tensors have the shapes of the weights.
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -89,7 +89,7 @@ class Enn(Method):
         lesson = Lesson(
             name="enn", modules=modules, learning=lambda school: _Learning(school, self, modules), config=self.config, tensors={}
         )
-        return _meta.learnt(host, lesson, tuple(train_cases), run, self._settings())
+        return _meta.learnt(host, lesson, tuple(train_cases), run, _meta.settings_of(self.config))
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         """Raises UnknownName, WrongBase or InvalidExample for a state that does not serve."""
@@ -98,7 +98,7 @@ class Enn(Method):
         modules, deltas = state.config["modules"], {} if there else theta(net)
         left = sorted(examples, key=lambda e: e.id)  # any order gives the same patch
         for _ in range(self.rounds):
-            grads = gradient(host, left, deltas, modules, self._settings(), run.spread)
+            grads = gradient(host, left, deltas, modules, _meta.settings_of(self.config), run.spread)
             for name, step in stepped(net, grads).items():
                 deltas[name] = deltas[name] + step if name in deltas else step
             now = {name: _meta.moved(host, name, d).to(hosts.weight(host.model, name).dtype) for name, d in deltas.items()}
@@ -107,9 +107,6 @@ class Enn(Method):
                 break
         ops = tuple(Add(weight=name, delta=d.float().cpu().contiguous()) for name, d in deltas.items())
         return Patch(method="enn", config=self.config | {"state": state.id}, parent=host.id, examples=examples, ops=ops)
-
-    def _settings(self) -> Settings:
-        return Settings(**{f.name: self.config[f.name] for f in fields(Settings)})
 
 
 def theta(net: Net) -> dict[str, Tensor]:

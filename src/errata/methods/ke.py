@@ -28,7 +28,7 @@ File legend: E examples, N rows, R rows and examples, T tokens, D embedding, H s
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -101,8 +101,7 @@ class Ke(Method):
         lesson = Lesson(
             name="ke", modules=modules, learning=lambda school: _Learning(school, self, modules, run), config=self.config, tensors={}
         )
-        s = _meta.Settings(**{f.name: self.config[f.name] for f in fields(_meta.Settings)})
-        return _meta.learnt(host, lesson, tuple(train_cases), run, s)
+        return _meta.learnt(host, lesson, tuple(train_cases), run, _meta.settings_of(self.config))
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         """Raises UnknownName, WrongBase or InvalidExample for a state that does not serve."""

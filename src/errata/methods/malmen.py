@@ -28,7 +28,7 @@ File legend: N rows, K key width, V value width.
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import final
@@ -133,8 +133,7 @@ class Malmen(Method):
             share=self.share,
         )
         lesson = Lesson(name="malmen", modules=modules, learning=learning, config=self.config | {"ways": ways}, tensors=C)
-        s = _meta.Settings(**{f.name: self.config[f.name] for f in fields(_meta.Settings)})
-        return _meta.learnt(host, lesson, cases, run, s)
+        return _meta.learnt(host, lesson, cases, run, _meta.settings_of(self.config))
 
     def rows(self, host: Host, examples: tuple[Example, ...], run: Run) -> tuple[Rows, ...]:
         """Keys and value gradients of each example. Raises UnknownName, WrongBase or InvalidExample for a state that does not serve."""

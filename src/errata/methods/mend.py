@@ -14,7 +14,7 @@ File legend: N rows, K key width, V value width.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import final
 
@@ -81,8 +81,7 @@ class Mend(Method):
             share=self.share,
         )
         lesson = Lesson(name="mend", modules=modules, learning=learning, config=self.config, tensors={})
-        s = _meta.Settings(**{f.name: self.config[f.name] for f in fields(_meta.Settings)})
-        return _meta.learnt(host, lesson, tuple(train_cases), run, s)
+        return _meta.learnt(host, lesson, tuple(train_cases), run, _meta.settings_of(self.config))
 
     def rows(self, host: Host, examples: tuple[Example, ...], run: Run) -> tuple[Rows, ...]:
         """Keys and value gradients of each example. Raises UnknownName, WrongBase or InvalidExample for a state that does not serve."""
