@@ -25,7 +25,7 @@ EPSILON = 1e-3
 def main() -> None:
     args = arguments(__doc__)
     host = hosts.load("lab/backpack", device="cpu")
-    n, settings = (100, {}) if not args.quick else (10, {"steps": 16, "neighbours": 2, "hold": 32})
+    n, settings = (100, {}) if not args.quick else (10, {"steps": 16, "hold": 32})
     cases = tasks.cases("test", n, "mixed", seed=args.seed)
     examples, budget = tuple(case.example for case in cases), Budget(epsilon=EPSILON)
     hold, judge = text.standing(host)

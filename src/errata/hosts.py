@@ -547,12 +547,21 @@ def remembered(host: Host, asked: Hashable, say: Callable[[], T]) -> T:
 def tokens(host: Host, text: str) -> list[int]:
     """Ids of `text` with the special tokens that the tokenizer puts in front by default. Those it puts behind (</s>) would end the
     text before its continuation, so they are left out, unless the text is read whole before the answer."""
+    (ids,) = tokens_of(host, [text])
+    return ids
+
+
+def tokens_of(host: Host, texts: Sequence[str]) -> list[list[int]]:
+    """`tokens` of each text: the tokenizer is several times as fast where it is given them together."""
+    if not texts:
+        return []
     if host.kind != "causal":
-        return list(host.tokenizer(text)["input_ids"])
-    given = host.tokenizer(text, return_special_tokens_mask=True)
-    ids, added = list(given["input_ids"]), list(given["special_tokens_mask"])
-    end = max((i + 1 for i, special in enumerate(added) if not special), default=min(1, len(ids)))
-    return ids[:end]
+        return [list(ids) for ids in host.tokenizer(list(texts))["input_ids"]]
+    given, out = host.tokenizer(list(texts), return_special_tokens_mask=True), []
+    for ids, added in zip(given["input_ids"], given["special_tokens_mask"], strict=True):
+        end = max((i + 1 for i, special in enumerate(added) if not special), default=min(1, len(ids)))
+        out.append(list(ids[:end]))
+    return out
 
 
 def _following(host: Host, prompt_ids: list[int], target: str, whole: list[int]) -> list[int]:
@@ -895,7 +904,7 @@ def chunks(host: Host, texts: Sequence[str], size: int = 128) -> list[tuple[list
     if host.kind != "causal":
         return [_document(host, t) for t in texts]
     size = min(size, host.context)
-    pieces = [ids[i : i + size] for ids in (tokens(host, t) for t in texts) for i in range(0, len(ids), size)]
+    pieces = [ids[i : i + size] for ids in tokens_of(host, texts) for i in range(0, len(ids), size)]
     return [(piece, 1) for piece in pieces if len(piece) > 1]
 
 
@@ -931,7 +940,7 @@ def _plain_decoding(model: Any) -> Iterator[None]:
 @torch.no_grad()
 def _generate(host: Host, prompts: Sequence[str], max_new_tokens: int, batch_size: int, **how: Any) -> list[str]:
     out = [""] * len(prompts)
-    given = [tokens(host, prompt) for prompt in prompts]
+    given = tokens_of(host, prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(given[i]))
     if order and not given[order[0]]:
         raise InvalidExample(f"The prompt '{prompts[order[0]]}' becomes no token in the tokenizer of {host.name}.")
