@@ -1,11 +1,11 @@
-"""1,000 records of the edit memory -> the weights of the lab's T5, and a compaction that is killed at 50 random moments.
+"""1,000 records of the edit memory -> the weights of the lab's NeoX, and a compaction that is killed at 50 random moments.
 
 Quality: facts of the test split are put into a memory and compacted by one method inside the budget; each is then asked for in its own
 words by free generation. How many leave the memory with their answer intact is the number; what stays is answered by the memory.
 
 Kills: a child process commits and undoes the same compaction over and over, and is killed with SIGKILL at a random moment. After each kill
 the ledger is opened again: every record must be answered exactly once, by the memory or by the current patch, and the ledger be sound.
-With --quick 20 records, a quick descent, and five kills. --only names the method.
+With --quick 20 records, a quick descent, and five kills. --only names the method, and another model before it: `t5/malmen`.
 """
 
 import os
@@ -21,7 +21,7 @@ from _bench import arguments, emit
 
 from errata import artefact, compact, hosts, methods
 from errata.hosts import Host
-from errata.lab import tasks
+from errata.lab import corpus, tasks
 from errata.ledger import Ledger
 from errata.memory.records import Records
 from errata.types import Budget, Record
@@ -32,7 +32,7 @@ CHILD = "ERRATA_COMPACTION_CHILD"
 
 def filled(path: Path, host: Host, n: int, seed: int) -> Ledger:
     ledger = Ledger.create(path, host.id, host.name, Budget(epsilon=EPSILON))
-    cases = tasks.cases("test", n, seed=seed, form="question")
+    cases = tasks.cases("test", n, seed=seed, form=corpus.FORMS[host.kind])
     Records(ledger).add(*(Record(example=c.example) for c in cases), clash="supersede")
     return ledger
 
@@ -75,9 +75,9 @@ def main() -> None:
         child(Path(path))
     args = arguments(__doc__)
     n, moments = (20, 5) if args.quick else (1000, 50)
-    method = args.only or "finetune"
+    model, _, method = (args.only or "finetune").rpartition("/")
     settings = {"steps": 12} if args.quick and method == "finetune" else {}
-    host = hosts.load("lab/t5", device="cpu")
+    host = hosts.load(f"lab/{model or 'neox'}", device="cpu")
     with tempfile.TemporaryDirectory() as scratch:
         with filled(Path(scratch) / "quality", host, n, args.seed) as ledger:
             start = time.process_time()

@@ -46,7 +46,6 @@ COMPARED = (
     *(f"{m}/{name}" for m in ("t5", "bert") for name in LEARNING),
 )
 NAMED = ("memit", "alphaedit")  # they edit what a prompt speaks of, so they are told
-MOST = {"lora": 128, "finetune": 128}  # facts that descents get: a step costs what its facts cost
 ASKED = 128
 LEARNT_FROM = 1984  # all of the training split
 READ = 1000  # documents that judge
@@ -140,7 +139,7 @@ def main() -> None:
             goal = ("<=", 20.0) if name == "malmen" and not args.quick else None
             emit(args, f"{name}: meta-training (minutes)", (time.perf_counter() - start) / 60, goal, how)
         points: list[tuple[int, Scores]] = []
-        for n in (n for n in sizes if n <= MOST.get(method, n)):
+        for n in sizes:
             cases = tasks.cases(("test", "validation") if n > 3000 else "test", n, seed=args.seed, form=form)
             run = Run(hold=hold, seed=args.seed, state=state)
             given, epsilon = [named(c) for c in cases] if method in NAMED else cases, wider * BALLS[n]

@@ -1,12 +1,14 @@
 """What finetune and lora share, against formulas in float64: goal losses, KL, whitening, and the gradient that the leaves get."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
 from conftest import TEXT, tiny_host
+from torch import Tensor
 
 from errata import hooks, hosts, methods
 from errata.hosts import Host
@@ -116,6 +118,33 @@ def test_the_leaves_get_the_gradient_of_task_plus_lam_kl(family: str) -> None:
     torch.testing.assert_close(gradient(1), gradient(8), rtol=1e-6, atol=1e-9)
     quotient = (objective(3e-3) - objective(-3e-3)) / 6e-3  # Llama normalises in float32, whatever the dtype
     assert float((gradient(8) * way).sum()) == pytest.approx(quotient, rel=3e-3)
+
+
+def test_many_examples_take_turns(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step asks `DRAWN` of them, each at some step, and other ways of asking are sought for no more turns than there will be."""
+    monkeypatch.setattr(_descend, "DRAWN", 3)
+    sought: list[int] = []
+
+    def restated(*args: Any) -> list[list[str]]:
+        sought.append(args[5])
+        return [[] for _ in args[1]]
+
+    monkeypatch.setattr(_descend, "restated", restated)
+    examples = tuple(Example(prompt=f"The capital of Mauritius {i} is", target=" Port Louis") for i in range(9))
+    descent = _descend.Descent(tiny_gpt2, examples, RUN, replace(SETTINGS, steps=12, restated=48, contexts=0))
+    counts, seen = list[int](), set[tuple[int, ...]]()
+
+    class Reader:
+        def logp(self, rows: Sequence[_descend.Row], weights: hosts.Weights) -> Tensor:
+            counts.append(len(rows))
+            seen.update(tuple(ids) for ids, _ in rows)
+            return weights["w"].expand(len(rows))
+
+    descent.reader = cast(_descend.Reader, Reader())
+    for step in range(1, 13):
+        descent.task({"w": torch.zeros((), requires_grad=True)})
+        assert sum(counts) == 3 * step
+    assert len(seen) == 9 and sought == [1 + 12 * 3 // 18]
 
 
 def test_own_neighbours_and_held_text_state_no_edited_fact(tiny_gpt2: Host) -> None:

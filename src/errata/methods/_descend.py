@@ -43,6 +43,7 @@ EVEN = 0.1  # nats; two answers of `balance` that are no further apart are all b
 ENOUGH = 0.3  # nats; `raise` is content when the whole target has p = .74, for then every token of it is what is said
 CONTENT = 0.02  # mean loss of the examples at which a point inside the ball is good enough
 PROMPTS = 8  # of each step, at least: where the examples are fewer, each is asked in several ways at once
+DRAWN = 256  # examples of each step, at most: where there are more, they take turns at random
 CHECK_EVERY = 16  # steps between two measurements of the constraint
 HURT = 0.3  # nats that a held row has lost when it counts as hurt
 LAM_STEP = 1.2  # what the multiplier rises by where the increase is over epsilon, and falls by where it is under half of it
@@ -257,7 +258,10 @@ class Descent:
         self.pool_N2 = torch.full((len(self.pool), 2), math.nan, dtype=torch.float64)  # base scores of those searched so far
         self.hurt: list[int] = []
         self.prefixes = [d for d in others if len(d) < 120 and host.kind == "causal"]  # others are whole questions
-        self.others = restated(host, self.examples, spoken, others, seen, settings.restated, run.seed, settings.tried)
+        ways = settings.restated
+        if len(self.examples) > DRAWN:  # no more than there will be steps for: half of an example's turns ask in another way
+            ways = min(ways, 1 + settings.steps * DRAWN // (2 * len(self.examples)))
+        self.others = restated(host, self.examples, spoken, others, seen, ways, run.seed, settings.tried)
 
     def whitenings(self, modules: Sequence[str], outputs: bool = False) -> dict[str, Whitening]:
         """The coordinates of what each module reads, or with `outputs` of what reads it; none without damping."""
@@ -287,12 +291,13 @@ class Descent:
         return {name: tuple(torch.linalg.eigh(C_KK / tokens[name])) for name, C_KK in sums.items()}
 
     def task(self, weights: Weights) -> float:
-        """Adds the gradient of the examples' mean loss to that of the weights; returns that loss."""
-        each = -(-PROMPTS // len(self.examples))
-        ways = self.ways or [[]] * len(self.examples)
+        """Adds the gradient of the mean loss of the examples, or of `DRAWN` of them, to that of the weights; returns that loss."""
+        n = len(self.examples)
+        turn = self.rng.sample(range(n), DRAWN) if n > DRAWN else range(n)
+        each = -(-PROMPTS // n)
         asked = [
-            (self.rng.choice(own) if own else self.prompt(e, others), e)
-            for e, others, own in zip(self.examples, self.others, ways, strict=True)
+            (self.rng.choice(self.ways[i]) if self.ways else self.prompt(self.examples[i], self.others[i]), self.examples[i])
+            for i in turn
             for _ in range(each)
         ]
         rows, total = [hosts.encode(self.host, prompt, e.target) for prompt, e in asked], 0.0
