@@ -48,13 +48,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if args.quick else FOLDER
         fresh = not (folder / "search.db").exists()
-        minutes = []
-        for some in (asked[: len(FOUR)], asked):
+        for some, goal in ((asked[: len(FOUR)], ("<=", MINUTES)), (asked, None)):
+            if args.quick and goal is None:
+                break
             start = time.perf_counter()
             found = protocol.run(replace(plan, columns=some), folder, workers, Out(json=args.json).progress)
-            minutes.append((time.perf_counter() - start) / 60)
-            if args.quick:
-                break
+            if fresh:
+                what = "the protocol, minutes" if goal else "its other columns, minutes"
+                how = f"{len(some)} columns by then, {len(plan.tasks)} task(s), {plan.trials} trial(s), {workers} process(es)"
+                emit(args, what, (time.perf_counter() - start) / 60, None if args.quick else goal, how)
     for column in plan.columns:
         for epsilon in plan.epsilons:
             own = [f for f in found if f.column == column and f.epsilon == epsilon]
@@ -64,12 +66,6 @@ def main() -> None:
             near = f"hard negatives {sum(hard) / len(hard):+.3f} nats; " if hard else ""
             how = f"{interval}{near}{plan.trials} trials, {plan.seeds} seed(s), {len(own)} task(s)"
             emit(args, f"{column.host}, {column.label} at {epsilon:.0e}: success, points", value, None, how)
-    done = f"{len(plan.tasks)} task(s), {len(plan.epsilons)} ball(s), {plan.trials} trial(s), {workers} process(es)"
-    if fresh:
-        goal = None if args.quick else ("<=", MINUTES)
-        emit(args, f"the protocol, {len(asked[: len(FOUR)])} columns, minutes", minutes[0], goal, done)
-    if fresh and not args.quick:
-        emit(args, f"the {len(asked) - len(FOUR)} other columns, minutes", minutes[1], None, done)
     if args.json:
         emit(args, protocol.order(found), None, None, "means over tasks; differences with the interval of redrawn behaviours")
     else:

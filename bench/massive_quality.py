@@ -48,7 +48,7 @@ COMPARED = (
 NAMED = ("memit", "alphaedit")  # they edit what a prompt speaks of, so they are told
 ASKED = 128
 LEARNT_FROM = 1984  # all of the training split
-READ = 1000  # documents that judge
+READ = 4000  # documents that judge, at most: of a thousand the bound lies half of the ball above the mean
 
 
 def judged(
