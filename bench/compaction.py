@@ -5,7 +5,8 @@ words by free generation. How many leave the memory with their answer intact is 
 
 Kills: a child process commits and undoes the same compaction over and over, and is killed with SIGKILL at a random moment. After each kill
 the ledger is opened again: every record must be answered exactly once, by the memory or by the current patch, and the ledger be sound.
-With --quick 20 records, a quick descent, and five kills. --only names the method, and another model before it: `t5/malmen`.
+With --quick 20 records, a quick descent, and five kills. --only names a
+method that needs no preparation, and another model before it: `t5/lora`.
 """
 
 import os
