@@ -58,10 +58,14 @@ HELD_BACK = (0.1, 2, 96)  # cases that validate: this share of them, at least, a
 REMEMBERED = 1 << 28  # bytes, about, of rows that are not taken again: those of a case are the same in every step
 EDITED = 6  # modules, if none are named: what a subject means is found in the lower blocks, what to say of it in the upper ones
 BLOCK = 32  # cases whose rows are taken together
+BEHIND = 0.5  # of the steps, the last ones, may begin behind earlier rounds, where a method has several
 SINGLE = 2  # held-back cases that validate by themselves, where few are edited together
 
 Pull = Callable[[Float[Tensor, "K V"]], None]  # dL/dS -> adds what follows to the gradients of the network's parameters
 Merge = Callable[[Net, str, Float[Tensor, "N K"], Float[Tensor, "N V"]], tuple[Float[Tensor, "K V"], Pull]]
+Shifts = dict[str, Float[Tensor, "K V"]]
+Pairs = dict[str, tuple[Float[Tensor, "N K"], Float[Tensor, "N V"]]]  # (k, g) of each module
+Earlier = Callable[[Net, tuple[Example, ...], Pairs, int], tuple[Shifts, Pairs]]  # (what so many rounds come to, the rows behind them)
 
 
 @final
@@ -409,7 +413,10 @@ class Remembered:
 @final
 class Merging:
     """How the network of `_hyper.py` is learnt: `rows` says how rows are taken, `moved` what their outputs should differ by, `merge` how
-    they come to S. `share` is the first length of the differences, as a share of the module's outputs."""
+    they come to S. `share` is the first length of the differences, as a share of the module's outputs.
+
+    A method that edits in several `rounds` says with `earlier` what some of them come to. The later half of the steps then begins behind
+    any number of them but the last, as they are, and teaches the round that follows; what is judged is a round in the middle."""
 
     def __init__(
         self,
@@ -421,8 +428,11 @@ class Merging:
         rank: int,
         lam: float,
         share: float,
+        rounds: int = 1,
+        earlier: Earlier | None = None,
     ) -> None:
         self.school, self.host, self.s, self.moved, self.merge = school, school.host, school.s, moved, merge
+        self.rounds, self.earlier = (rounds, earlier) if earlier else (1, None)
         self.rank, self.lam, self.share = rank, lam, share
         self.remembered = Remembered(school, rows)
         self.widths = self.remembered.widths
@@ -445,10 +455,13 @@ class Merging:
         rows, net = self._rows(cases), point.net
         for module, (keys_NK, g_NV) in rows.items():
             net = _hyper.watched(net, module, keys_NK, g_NV)
+        later = self.rounds > 1 and point.step >= (1 - BEHIND) * self.s.steps
+        behind = rng.randrange(self.rounds) if later else 0
+        before, rows = self._behind(net, cases, rows, behind)
         leaves = {name: t.detach().clone().requires_grad_() for name, t in net.parameters.items()}
         learning = replace(net, parameters=leaves)
         merged = {module: self.merge(learning, module, *both) for module, both in rows.items()}
-        shifts = {module: S for module, (S, _) in merged.items()}
+        shifts = {module: S + before[module] if before else S for module, (S, _) in merged.items()}
         _, grads = measured(self.host, self.school.asked(cases, rng), shifts, self.s, learn=True, spread=self.school.spread)
         for module, (_, pull) in merged.items():
             pull(grads[module])
@@ -458,12 +471,19 @@ class Merging:
         """On all of them edited at once, and on a few."""
         losses, held_back = [], self.school.held_back
         for cases in (held_back, held_back[: max(1, len(held_back) // 8)]):
-            merged = {module: self.merge(net, module, *both)[0] for module, both in self._rows(cases).items()}
+            before, rows = self._behind(net, cases, self._rows(cases), self.rounds // 2)
+            merged = {module: self.merge(net, module, *both)[0] for module, both in rows.items()}
+            merged |= {module: S + merged[module] for module, S in before.items()}
             asked = self.school.asked(cases, random.Random(f"{self.school.seed}/validation"))
             losses.append(sum(measured(self.host, asked, merged, self.s, learn=False, spread=self.school.spread)[0]))
         return sum(losses) / len(losses)
 
-    def _rows(self, cases: Sequence[Case]) -> dict[str, tuple[Float[Tensor, "N K"], Float[Tensor, "N V"]]]:
+    def _behind(self, net: Net, cases: Sequence[Case], rows: Pairs, rounds: int) -> tuple[Shifts, Pairs]:
+        if not rounds or self.earlier is None:
+            return {}, rows
+        return self.earlier(net, tuple(c.example for c in cases), rows, rounds)
+
+    def _rows(self, cases: Sequence[Case]) -> Pairs:
         """{module: (k, g)} of the cases' examples."""
         return together(self.host, self.remembered.of(cases), list(self.widths), self.s.batch_size if self.s.faithful else None)
 
@@ -480,9 +500,7 @@ def few(school: School) -> list[list[Case]]:
     return [held_back[: s.most], held_back[-usual:], *([c] for c in held_back[:SINGLE])]
 
 
-def together(
-    host: Host, rows: Sequence[Rows], modules: Sequence[str], means_of: int | None = None
-) -> dict[str, tuple[Float[Tensor, "N K"], Float[Tensor, "N V"]]]:
+def together(host: Host, rows: Sequence[Rows], modules: Sequence[str], means_of: int | None = None) -> Pairs:
     """{module: (k, g)} of the rows, one example after the other. `means_of` so many examples, as published: their gradients are then those
     of the mean over the answer tokens of that many examples."""
     share = [1.0] * len(rows)
@@ -558,9 +576,9 @@ def measured(
     host: Host, asked: Asked, shifts: Mapping[str, Float[Tensor, "K V"]], s: Settings, learn: bool, spread: Spread = here
 ) -> tuple[tuple[float, float, float], dict[str, Float[Tensor, "K V"]]]:
     """As `weighed`, with S for each module in its weight: ((...), {module: dL/dS} if `learn`)."""
-    deltas = {f"{m}.weight": S_KV if _turned(host, m) else S_KV.T for m, S_KV in shifts.items()}
+    deltas = {f"{m}.weight": stored(host, m, S_KV) for m, S_KV in shifts.items()}
     losses, found = weighed(host, asked, deltas, s, learn=deltas if learn else (), spread=spread)
-    return losses, {m: found[f"{m}.weight"] if _turned(host, m) else found[f"{m}.weight"].T for m in shifts if learn}
+    return losses, {m: stored(host, m, found[f"{m}.weight"]) for m in shifts if learn}
 
 
 def weighed(
@@ -677,6 +695,17 @@ def _read(host: Host, pairs: Sequence[tuple[str, str]], weights: Weights, batch_
         for i, own_Q, hit_Q in zip(group, torch.split(each_P, counts), torch.split(hit_P, counts), strict=True):
             logp[i], likeliest[i] = float(own_Q.sum()), bool(hit_Q.all())
     return logp, likeliest
+
+
+def stored(host: Host, module: str, S_KV: Tensor) -> Tensor:
+    """S in the orientation of the module's weight, or what has that in the orientation of S."""
+    return S_KV if _turned(host, module) else S_KV.T
+
+
+def shifted(host: Host, shifts: Mapping[str, Float[Tensor, "K V"]]) -> Weights:
+    """The weights of the modules with S added."""
+    names = {m: f"{m}.weight" for m in shifts}
+    return {name: moved(host, name, stored(host, m, shifts[m])).to(host.model.get_parameter(name).dtype) for m, name in names.items()}
 
 
 def _turned(host: Host, module: str) -> bool:

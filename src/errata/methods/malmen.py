@@ -8,7 +8,8 @@ network (`_hyper.py`) makes of them. It learns from training cases (`_meta.py`),
 that the solve is gone through backwards, with the factor that it has already (`_normal.backward`).
 
 In each of `rounds` the rows are taken on what the rounds before have come to, so that what is still missing is asked for again, and only
-that; lam is `caution` times what was learnt, so that no round goes far. With one round the rows of an example depend on no other example:
+that; lam is `caution` times what was learnt, so that no round goes far. The later half of the training begins behind such rounds, and
+teaches the next. With one round the rows of an example depend on no other example:
 whoever keeps them, or their sums, adds one with a pass and a solve, and takes one back as if it had never been there (`rows`, `solve`).
 
 Unlike malmen@1df295d, unless `faithful`, which stands for all of these at once:
@@ -27,7 +28,7 @@ File legend: N rows, K key width, V value width.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -41,7 +42,7 @@ from errata import text
 from errata.hosts import Host, Weights
 from errata.methods import _gradients, _hyper, _kept, _keys, _meta, _normal
 from errata.methods._hyper import Net
-from errata.methods._meta import Lesson, Merge, Merging, Pull
+from errata.methods._meta import Lesson, Merge, Merging, Pairs, Pull, Shifts
 from errata.methods._normal import Plain, Prior, Whitened
 from errata.methods._restated import restated, spoken_of
 from errata.methods._values import quiet
@@ -123,11 +124,15 @@ class Malmen(Method):
             C, ways = {m: begun.tensors[m] for m in modules if m in begun.tensors}, begun.config["ways"]
         if missing := sorted(set(modules) - C.keys()):
             raise InvalidExample(f"The preparation that was begun knows nothing of {missing[0]}. Give the same settings, or begin afresh.")
+        take = partial(self._rows, host, modules=modules, ways=ways, progress=run.progress, spread=run.spread)
+        priors = {m: self._prior(C_KK.to(host.device, torch.float64)) for m, C_KK in C.items()}
         learning = partial(
             Merging,
-            rows=lambda examples: self._rows(host, examples, modules, ways, run.progress, spread=run.spread),
+            rows=take,
             moved=self._differences,
-            merge=self._merge({m: self._prior(C_KK.to(host.device, torch.float64)) for m, C_KK in C.items()}),
+            merge=self._merge(priors),
+            rounds=self.rounds,
+            earlier=partial(self._earlier, host, take, priors),
             rank=self.rank,
             lam=self.lam,
             share=self.share,
@@ -202,6 +207,25 @@ class Malmen(Method):
     def _patch(self, host: Host, examples: tuple[Example, ...], state: State, ops: tuple[Op, ...]) -> Patch:
         return Patch(method="malmen", config=self.config | {"state": state.id}, parent=host.id, examples=examples, ops=ops)
 
+    def _earlier(
+        self,
+        host: Host,
+        take: Callable[..., tuple[Rows, ...]],
+        priors: Mapping[str, tuple[Prior, float]],
+        net: Net,
+        examples: tuple[Example, ...],
+        rows: Pairs,
+        rounds: int,
+    ) -> tuple[Shifts, Pairs]:
+        """What cautious rounds come to, as in `edit`, and the rows behind them."""
+        shifts = Shifts()
+        for _ in range(rounds):
+            for m, both in rows.items():
+                S_KV = self._solve(net, m, priors[m], *both, caution=self.caution).shift
+                shifts[m] = shifts[m] + S_KV if m in shifts else S_KV
+            rows = _meta.together(host, take(examples, weights=_meta.shifted(host, shifts)), list(rows), self._batch())
+        return shifts, rows
+
     def _batch(self) -> int | None:
         return self.batch_size if self.faithful else None
 
@@ -238,11 +262,16 @@ class Malmen(Method):
         parts = zip(torch.split(keys_NK, self.chunk), torch.split(g_NV, self.chunk), strict=True)
         return torch.cat([_hyper.differences(net, module, *part) for part in parts])
 
+    def _solve(
+        self, net: Net, module: str, prior: tuple[Prior, float], keys_NK: Tensor, g_NV: Tensor, caution: float = 1.0
+    ) -> _normal.Solved:
+        own, unit = prior
+        d_NV = self._differences(net, module, keys_NK, g_NV)
+        return _normal.solve(_normal.of(own, keys_NK, d_NV), caution * unit * _hyper.lam(net, module))
+
     def _merge(self, priors: Mapping[str, tuple[Prior, float]]) -> Merge:
         def merge(net: Net, module: str, keys_NK: Tensor, g_NV: Tensor) -> tuple[Tensor, Pull]:
-            prior, unit = priors[module]
-            d_NV = self._differences(net, module, keys_NK, g_NV)
-            solved = _normal.solve(_normal.of(prior, keys_NK, d_NV), unit * _hyper.lam(net, module))
+            solved = self._solve(net, module, priors[module], keys_NK, g_NV)
 
             def pull(grad_KV: Tensor) -> None:
                 keys = None if solved.sums.rows is not None else keys_NK
