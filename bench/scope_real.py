@@ -38,7 +38,6 @@ from scipy.sparse import csr_matrix
 from scipy.stats import rankdata
 
 from errata.memory.encoder import MINILM, load
-from errata.memory.index import Index
 from errata.memory.scope import CANDIDATES, Candidate, Lesson, Lessons, Remembering, Scope, train
 from errata.types import MissingExtra, folded
 
@@ -131,18 +130,13 @@ def crossfit(args, memory: Lessons, task: Task, encoder: Remembering, verifier: 
 
 
 def judge(scope: Scope, memory: Lessons, task: Task, judged: Sequence[int]) -> list[Asked]:
-    index = Index(scope.encoder.width)
-    index.add(np.arange(len(task.lessons), dtype=np.int64), memory.records)
     queries = queries_of(memory, task, judged)
-    found = [index.search(memory.queries[memory.rows[query]], CANDIDATES) for _, query, _ in queries]
-    proposed = [
-        [Candidate(question=task.lessons[i].question, answer=task.lessons[i].answer, score=s) for i, s in zip(*f, strict=True)]
-        for f in ((numbers.tolist(), scores.tolist()) for numbers, scores in found)
-    ]
+    found = memory.nearest([query for _, query, _ in queries], range(len(task.lessons)), CANDIDATES)
+    proposed = [[Candidate(question=task.lessons[i].question, answer=task.lessons[i].answer, score=s) for i, s in some] for some in found]
     out = []
-    for (i, query, ring), (numbers, _), said in zip(queries, found, scope.judge([q for _, q, _ in queries], proposed), strict=True):
+    for (i, query, ring), some, said in zip(queries, found, scope.judge([q for _, q, _ in queries], proposed), strict=True):
         # its own record is taken out of the memory
-        seen = [(int(n), j) for n, j in zip(numbers, said, strict=True) if ring != LEFT_OUT or not memory.concerns(int(n), query)]
+        seen = [(n, j) for (n, _), j in zip(some, said, strict=True) if ring != LEFT_OUT or not memory.concerns(int(n), query)]
         first, best = max(seen, key=lambda pair: pair[1].chance)
         out.append(Asked(i, query, ring, best.chance, memory.concerns(first, query), best.ruling == "in"))
     return out

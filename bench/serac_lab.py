@@ -29,8 +29,9 @@ SIZES = (1, 16, 128, 512, 1024)
 TOGETHER = {"qa": 10, "qa-hard": 10, "fc": 10, "convsent": 5}
 GOALS = {("qa", "es"): (">=", 0.97), ("qa", "dd"): ("<=", 0.01), ("qa-hard", "es"): (">=", 0.90)}
 COMPARED = ("serac", "lu", "rp", "eren", "grace", "finetune", "mend", "enn", "ke")
-READER: dict[str, Any] = {"rank": 0, "lr": 1e-3, "steps": 2500, "every": 250}
-SETTINGS: dict[str, dict[str, Any]] = {"serac": READER, "eren": READER}
+READER: dict[str, Any] = {"rank": 0, "lr": 1.5e-3, "steps": 8000, "every": 250, "patience": 32}
+SCOPE = {"scope_steps": 1600}
+SETTINGS: dict[str, dict[str, Any]] = {"serac": READER | SCOPE, "rp": SCOPE, "eren": READER}
 CURVES = ("serac", "lu", "rp")  # those that hold any number
 ASKED = 128
 LEARNT_FROM = 1300  # of the training split: what is out of their scope are the others

@@ -107,6 +107,11 @@ def lesson_of(case: Case) -> Lesson:
     )
 
 
+def told(question: str, answer: str) -> str:
+    """A record as it is found by what it says, where a query names the answer."""
+    return f"{question} {answer}".strip()
+
+
 class Pair(NamedTuple):
     question: str
     answer: str
@@ -174,7 +179,7 @@ class Distance(nn.Module):
         self.transformer = None if backbone is None else backbone.model
 
     def forward(self, pairs: Sequence[Pair], encoder: Encoder) -> Float[Tensor, "P"]:
-        bare = [(f"{z} {pair.answer}".strip(), x) for pair in pairs for z, x in [unnamed(pair.question, pair.query)]]
+        bare = [(told(z, pair.answer), x) for pair in pairs for z, x in [unnamed(pair.question, pair.query)]]
         texts = list(dict.fromkeys([text for pair, two in zip(pairs, bare, strict=True) for text in (pair.question, pair.query, *two)]))
         place = {text: i for i, text in enumerate(texts)}
         vectors_ND = self._vectors(texts, encoder)
@@ -431,6 +436,7 @@ class Lessons:
         self._matter: dict[str, int] = {}  # wording -> matter
         self.matters = self._joined()
         self.records = encoder.encode([lesson.question for lesson in lessons])
+        self.told = encoder.encode([told(lesson.question, lesson.answer) for lesson in lessons])
         texts = dict.fromkeys(text for lesson in lessons for text in (*lesson.inside, *lesson.outside))
         self.rows = {text: i for i, text in enumerate(texts)}
         self.queries = encoder.encode(list(texts))
@@ -447,14 +453,17 @@ class Lessons:
         return [query for query in self.lessons[record].outside if not self.concerns(record, query)]
 
     def cosine(self, record: int, query: str) -> float:
-        return float(self.records[record] @ self.queries[self.rows[query]])
+        query_D = self.queries[self.rows[query]]
+        return float(max(self.records[record] @ query_D, self.told[record] @ query_D))
 
     def nearest(self, queries: Sequence[str], among: Sequence[int], k: int) -> list[list[tuple[int, float]]]:
-        """The k records among some that are nearest to each query, with their cosines, the nearest first."""
+        """The k records among some that are nearest to each query, by their question or by that with its answer, with their cosines, the
+        nearest first."""
         numbers = np.array(among, dtype=np.int64)
         out: list[list[tuple[int, float]]] = []
         for at in range(0, len(queries), 1024):
-            scores = self.queries[[self.rows[query] for query in queries[at : at + 1024]]] @ self.records[numbers].T
+            asked_QD = self.queries[[self.rows[query] for query in queries[at : at + 1024]]]
+            scores = np.maximum(asked_QD @ self.records[numbers].T, asked_QD @ self.told[numbers].T)
             first = np.argsort(-scores, axis=1, kind="stable")[:, :k]
             out += [list(zip(numbers[f].tolist(), row[f].tolist(), strict=True)) for f, row in zip(first, scores, strict=True)]
         return out

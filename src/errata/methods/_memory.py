@@ -33,12 +33,14 @@ def requests(name: str, host: Host, examples: Sequence[Example]) -> None:
 
 
 def memory(host: Host, name: str, config: Mapping[str, Any], examples: tuple[Example, ...], vectors_ND: Tensor, **how: Any) -> Patch:
-    """The patch whose memory looks up the examples by these vectors, one for each prompt; `how` are fields of `types.Memory`."""
+    """The patch whose memory looks up the examples by these vectors, one for each of them or, behind those, more rounds of one for each;
+    `how` are fields of `types.Memory`."""
     order = sorted(range(len(examples)), key=lambda i: (examples[i].prompt, examples[i].target))
+    parts = torch.split(vectors_ND, max(1, len(examples)))
     op = Memory(
         weight=host.layout.head,
-        vectors=vectors_ND[order].float().cpu().contiguous(),
-        owner=torch.tensor(order, dtype=torch.long),
+        vectors=torch.cat([part[order] for part in parts]).float().cpu().contiguous(),
+        owner=torch.tensor(order * len(parts), dtype=torch.long),
         **how,
     )
     return Patch(method=name, config=dict(config), parent=host.id, examples=tuple(examples), ops=(op,))
@@ -53,9 +55,15 @@ def keys(host: Host, examples: Sequence[Example], run: Run) -> tuple[Float[Tenso
     return keys_ND, SHARE * float(apart_NN[apart_NN > 0].min()) if (apart_NN > 0).any() else 0.0
 
 
-def vectors(encoder: encoders.Encoder, examples: Sequence[Example]) -> Tensor:
+def vectors(encoder: encoders.Encoder, examples: Sequence[Example]) -> Float[Tensor, "N D"]:
     """(N, D) of what each prompt asks."""
     return torch.from_numpy(encoder.encode([asked_in(e.prompt) for e in examples]))
+
+
+def told(encoder: encoders.Encoder, examples: Sequence[Example]) -> Float[Tensor, "2*N D"]:
+    """(2 N, D) of what each prompt asks, and of that with its answer: what follows from an example may name the answer alone."""
+    answered = encoder.encode([scopes.told(asked_in(e.prompt), e.target) for e in examples])
+    return torch.cat([vectors(encoder, examples), torch.from_numpy(answered)])
 
 
 def known(name: str, host: Host, run: Run) -> State:

@@ -41,13 +41,13 @@ class Rp(Method):
         return 0
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
-        """A vector for each example. Raises InvalidExample for a goal that no answer reaches, and what `_memory.known` raises."""
+        """Two vectors for each example. Raises InvalidExample for a goal that no answer reaches, and what `_memory.known` raises."""
         _memory.requests("rp", host, examples)
         if run.state is None:
             keys_ND, bound = _memory.keys(host, examples, run)
             own = {"gate": "distance", "bound": bound, "nearest": self.notes, "notes": self.notes, "template": self.template}
             return _memory.memory(host, "rp", self.config, examples, keys_ND, voice="note", **own)
         state = _memory.known("rp", host, run)
-        found = _memory.vectors(encoders.load(state.config["scope"]["encoder"], str(host.device)), examples)
+        found = _memory.told(encoders.load(state.config["scope"]["encoder"], str(host.device)), examples)
         how = {"nearest": self.nearest, "notes": self.notes, "template": self.template, "state": state.id}
         return _memory.memory(host, "rp", self.config | {"state": state.id}, examples, found, gate="scope", voice="note", **how)

@@ -3,8 +3,8 @@
     i* = argmax_i g(z_i, x);    g(z_i*, x) >= fire:  p_reader(y | z_i*, x),    else  p_base(y | x)
 
 Mitchell et al. 2022, arXiv 2206.06520, equation 1: z an example, g the scope (`memory/scope.py`), p_reader the counterfactual model, which
-gets the example as a note in front of the text. `prepare` learns both, once for a model; an edit then learns nothing, and costs a vector
-for each example. Nothing here depends on another edit, so any can be taken back alone.
+gets the example as a note in front of the text. `prepare` learns both, once for a model; an edit then learns nothing, and costs two
+vectors for each example. Nothing here depends on another edit, so any can be taken back alone.
 
     L = L_scope + L_reader,    L_reader = mean -log p_reader(y | z, x) with the right z (`_notes.py`)
 
@@ -15,7 +15,8 @@ Unlike serac@c963a39:
 * the scope is learnt against the whole memory, and `fire` bounds how often it fires where it should not (there: the diagonal, and 1/2);
   where it is unsure, the base answers;
 * only the nearest examples are looked at closely (there: all), and several may speak at once, with `notes`;
-* all words of a target are kept from the key, not the last one alone.
+* all words of a target are kept from the key, not the last one alone; a second key has them all, for what follows from an example may
+  name the answer alone.
 `faithful` is as published: pairs of the diagonal, 1/2, one note.
 """
 
@@ -84,7 +85,7 @@ class Serac(Method):
         return 0
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
-        """A vector for each example. Raises InvalidExample for a goal that no answer reaches, and what `_memory.known` raises."""
+        """Two vectors for each example. Raises InvalidExample for a goal that no answer reaches, and what `_memory.known` raises."""
         _memory.requests("serac", host, examples)
         state = _memory.known("serac", host, run)
         encoder = encoders.load(state.config["scope"]["encoder"], str(host.device))
@@ -93,7 +94,7 @@ class Serac(Method):
             "serac",
             self.config | {"state": state.id},
             examples,
-            _memory.vectors(encoder, examples),
+            _memory.told(encoder, examples),
             gate="scope",
             voice="note",
             nearest=self.nearest,
