@@ -182,6 +182,15 @@ def test_records_near_a_query_are_drawn_more_often() -> None:
     assert not any(memory.concerns(i, query) for query, records, _ in drawn.near for i in records)
 
 
+def test_a_query_that_names_the_answer_alone_is_near_to_its_record() -> None:
+    asked = [f"Which city is the capital of {name(i)}?" for i in range(40)]
+    backwards = [f"Of which land is {name(i + 400)} the seat?" for i in range(40)]
+    memory = Lessons([Lesson(question=q, answer=name(i + 400), inside=(backwards[i],)) for i, q in enumerate(asked)], Hashed())
+    first = [found[0][0] for found in memory.nearest(backwards, range(40), 1)]
+    assert first == list(range(40))
+    assert memory.cosine(3, backwards[3]) > float(memory.records[3] @ memory.queries[memory.rows[backwards[3]]])
+
+
 def test_lessons_that_are_held_back_share_no_wording_with_those_learnt_from() -> None:
     said = [lesson(i % 30) for i in range(60)]
     learning, back = Lessons(said, Hashed()).split(0.25, np.random.default_rng(0))

@@ -101,6 +101,20 @@ def test_rp_without_a_state_is_gated_as_lu_is(tiny_llama: Host) -> None:
     assert torch.equal(lu.ops[0].vectors, rp.ops[0].vectors) and lu.ops[0].bound == rp.ops[0].bound and rp.ops[0].voice == "note"
 
 
+def test_an_example_is_found_by_its_question_and_by_that_with_its_answer() -> None:
+    host = tiny_host("llama")
+    state = make("serac", **QUICK).prepare(host, CASES[2:], Run())
+    examples = (Example(prompt="The seat of Togo is", target=" Kolhapur"), Example(prompt="Lily lives in", target=" Windhoek"))
+    patch = make("serac", **QUICK).edit(host, examples, Run(state=state))
+    assert patch.ops[0].owner.tolist() == [1, 0, 1, 0] and len(patch.ops[0].vectors) == 4
+    with apply.applied(host, patch):
+        (router,) = host.speakers
+        assert isinstance(router, Router)
+        for asked, first in (("Whose home is Windhoek?", 1), ("What is in Kolhapur?", 0), ("Lily lives in", 1)):
+            found = router.found([asked])[0]
+            assert found[0].example == examples[first] and len(found) == 2
+
+
 def test_faithful_gates_at_one_half() -> None:
     state = make("serac", **QUICK, faithful=True).prepare(tiny_host("llama"), CASES, Run())
     scope = state.config["scope"]

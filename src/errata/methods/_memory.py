@@ -60,8 +60,8 @@ def vectors(encoder: encoders.Encoder, examples: Sequence[Example]) -> Float[Ten
     return torch.from_numpy(encoder.encode([asked_in(e.prompt) for e in examples]))
 
 
-def told(encoder: encoders.Encoder, examples: Sequence[Example]) -> Float[Tensor, "2*N D"]:
-    """(2 N, D) of what each prompt asks, and of that with its answer: what follows from an example may name the answer alone."""
+def told(encoder: encoders.Encoder, examples: Sequence[Example]) -> Float[Tensor, "Q D"]:
+    """(Q, D), two for each: of what each prompt asks, then of that with its answer, for what follows may name the answer alone."""
     answered = encoder.encode([scopes.told(asked_in(e.prompt), e.target) for e in examples])
     return torch.cat([vectors(encoder, examples), torch.from_numpy(answered)])
 
