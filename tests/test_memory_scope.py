@@ -125,6 +125,24 @@ def test_a_candidate_that_is_not_near_is_out_without_a_look(trained: Scope, monk
     assert len(looked) == 1
 
 
+def test_what_the_first_distance_rules_out_is_not_looked_at_and_nothing_else_changes(
+    trained: Scope, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lessons = [lesson(i) for i in range(100, 140)]
+    queries = [q for x in lessons for q in (*x.inside, *x.outside)]
+    found = proposals(queries, lessons, trained.encoder, k=8)
+    shallow = replace(trained, near=-1.0)
+    shorter = shallow.judge(queries, found)
+    looked = []
+    monkeypatch.setattr(Scope, "_worth_a_look", lambda self, pairs: looked.extend(pairs) or range(len(pairs)))
+    whole = shallow.judge(queries, found)
+    assert [[j.ruling for j in own] for own in shorter] == [[j.ruling for j in own] for own in whole]
+    both = [(a, b) for some, others in zip(shorter, whole, strict=True) for a, b in zip(some, others, strict=True)]
+    skipped = [b for a, b in both if a.chance == 0.0]
+    assert len(looked) / 8 < len(skipped) < len(looked) and all(b.chance <= trained.leave for b in skipped)
+    assert all(math.isclose(a.chance, b.chance, rel_tol=1e-5) for a, b in both if a.chance)
+
+
 def test_between_leave_and_fire_it_is_unsure(trained: Scope) -> None:
     query, some = "The capital of Bami is", [Candidate(question="The capital of Bamilor is", answer="A", score=1.0)]
     chance = trained.judge([query], [some])[0][0].chance
