@@ -24,6 +24,7 @@ from errata.memory.scope import (
     Pair,
     Scope,
     above,
+    bare,
     clopper_pearson,
     from_parts,
     platt,
@@ -347,6 +348,15 @@ def test_a_distance_is_that_of_serac_until_it_has_learnt() -> None:
 )
 def test_the_longest_name_that_two_texts_share_is_taken_out(question: str, query: str, bare: tuple[str, str] | None) -> None:
     assert unnamed(question, query) == (bare or (question, query))
+
+
+def test_where_the_query_names_the_answer_alone_that_is_taken_out() -> None:
+    asked = Pair("What is the capital of Portugal?", "Port Louis", "Which country has the capital Port Louis?")
+    assert bare(asked) == (asked.question, "X", "Which country has the capital X?")
+    both = asked._replace(query="Is Port Louis the capital of Portugal?")
+    assert bare(both) == ("What is the capital of X?", "Port Louis", "Is Port Louis the capital of X?")
+    neither = asked._replace(query="Who lives in Rome?")
+    assert bare(neither) == neither
 
 
 def test_cross_learns_loads_again_and_leaves_the_words_alone(tmp_path: Path) -> None:

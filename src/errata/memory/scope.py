@@ -8,8 +8,9 @@ section 3.2), g(z, x) for a record z and a query x:
     cross      logit g = w . T(z', a, x')                                         one transformer reads all three, a being z's answer
 
 z' and x' are the two with X in the place of the longest name that they share (`unnamed`): what is asked of it is then compared without it,
-and a relation that was learnt with one name is known with another; a name that they do not share stays, and tells them apart. (SERAC has
-neither the second distance nor the X.) P, P', s and s' are learned; at the beginning both distances are SERAC's, with half of its weight.
+and a relation that was learnt with one name is known with another; a name that they do not share stays, and tells them apart. Where they
+share none, a and x' are such a pair (`bare`): x may ask for what follows. (SERAC has neither the second distance nor the X.) P, P', s and s'
+are learned; at the beginning both distances are SERAC's, with half of its weight.
 
 Both verifiers are trained with the balanced loss of serac@c963a39, mean of -log g over pairs in scope + mean of -log (1 - g) over pairs out
 of scope. Unlike there,
@@ -154,6 +155,16 @@ def unnamed(question: str, query: str) -> tuple[str, str]:
     )
 
 
+def bare(pair: Pair) -> Pair:
+    """The pair without the name that question and query share; if they share none, without the one that the answer and the query do:
+    "Which country has the capital X?" asks the same of any X that is the answer to "What is the capital of Togo?"."""
+    question, query = unnamed(pair.question, pair.query)
+    if (question, query) != (pair.question, pair.query):
+        return Pair(question, pair.answer, query)
+    answer, query = unnamed(pair.answer, pair.query)
+    return Pair(pair.question, answer, query)
+
+
 def _is_name(a: Sequence[re.Match[str]], i: int, b: Sequence[re.Match[str]], j: int) -> bool:
     """Whether a word that both texts have is written as one in both."""
     first, second = a[i][0], b[j][0]
@@ -179,12 +190,12 @@ class Distance(nn.Module):
         self.transformer = None if backbone is None else backbone.model
 
     def forward(self, pairs: Sequence[Pair], encoder: Encoder) -> Float[Tensor, "P"]:
-        bare = [(told(z, pair.answer), x) for pair in pairs for z, x in [unnamed(pair.question, pair.query)]]
-        texts = list(dict.fromkeys([text for pair, two in zip(pairs, bare, strict=True) for text in (pair.question, pair.query, *two)]))
+        without = [(told(own.question, own.answer), own.query) for own in map(bare, pairs)]
+        texts = list(dict.fromkeys([text for pair, two in zip(pairs, without, strict=True) for text in (pair.question, pair.query, *two)]))
         place = {text: i for i, text in enumerate(texts)}
         vectors_ND = self._vectors(texts, encoder)
-        z_2P = torch.tensor([[place[pair.question] for pair in pairs], [place[z] for z, _ in bare]])
-        x_2P = torch.tensor([[place[pair.query] for pair in pairs], [place[x] for _, x in bare]])
+        z_2P = torch.tensor([[place[pair.question] for pair in pairs], [place[z] for z, _ in without]])
+        x_2P = torch.tensor([[place[pair.query] for pair in pairs], [place[x] for _, x in without]])
         apart_2PD = vectors_ND[z_2P] - vectors_ND[x_2P]
         squares_2P = (apart_2PD + apart_2PD @ self.changes.mT).square().sum(2)
         return -(self.log_scales.exp() @ squares_2P)
@@ -257,9 +268,7 @@ class Cross(nn.Module):
         behind = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
         front = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else behind
         apart = [] if behind is None else [behind]
-        question, query = unnamed(pair.question, pair.query)
-        texts = (question, pair.answer, query)
-        parts = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+        parts = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in bare(pair)]
         record = ([] if front is None else [front]) + parts[0] + apart + (parts[1] + apart if parts[1] else [])
         room = (self.backbone.window or 512) - len(record) - len(apart)
         if room < 8:
