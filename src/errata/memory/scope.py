@@ -9,8 +9,8 @@ section 3.2), g(z, x) for a record z and a query x:
 
 z' and x' are the two with X in the place of the longest name that they share (`unnamed`): what is asked of it is then compared without it,
 and a relation that was learnt with one name is known with another; a name that they do not share stays, and tells them apart. Where they
-share none, a and x' are such a pair (`bare`): x may ask for what follows. (SERAC has neither the second distance nor the X.) P, P', s and s'
-are learned; at the beginning both distances are SERAC's, with half of its weight.
+share none, a and x' are such a pair (`bare`): x may ask for what follows. (SERAC has neither the second distance nor the X.) P, P', s and
+s' are learned; at the beginning both distances are SERAC's, with half of its weight.
 
 Both verifiers are trained with the balanced loss of serac@c963a39, mean of -log g over pairs in scope + mean of -log (1 - g) over pairs out
 of scope. Unlike there,
