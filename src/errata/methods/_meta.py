@@ -432,7 +432,8 @@ class Merging:
         earlier: Earlier | None = None,
     ) -> None:
         self.school, self.host, self.s, self.moved, self.merge = school, school.host, school.s, moved, merge
-        self.rounds, self.earlier = (rounds, earlier) if earlier else (1, None)
+        self.earlier = earlier
+        self.rounds = rounds if earlier else 1
         self.rank, self.lam, self.share = rank, lam, share
         self.remembered = Remembered(school, rows)
         self.widths = self.remembered.widths
