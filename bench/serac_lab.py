@@ -29,7 +29,8 @@ SIZES = (1, 16, 128, 512, 1024)
 TOGETHER = {"qa": 10, "qa-hard": 10, "fc": 10, "convsent": 5}
 GOALS = {("qa", "es"): (">=", 0.97), ("qa", "dd"): ("<=", 0.01), ("qa-hard", "es"): (">=", 0.90)}
 COMPARED = ("serac", "lu", "rp", "eren", "grace", "finetune", "mend", "enn", "ke")
-READER: dict[str, Any] = {"rank": 0, "lr": 1.5e-3, "steps": 8000, "every": 250, "patience": 32}
+READER: dict[str, Any] = {"rank": 0, "lr": 1e-3, "steps": 2500, "every": 250}
+COPYING = {"lr": 1.5e-3, "steps": 8000, "patience": 32}  # a T5 has to learn to say names that it has never seen
 SCOPE = {"scope_steps": 1600}
 SETTINGS: dict[str, dict[str, Any]] = {"serac": READER | SCOPE, "rp": SCOPE, "eren": READER}
 CURVES = ("serac", "lu", "rp")  # those that hold any number
@@ -37,10 +38,14 @@ ASKED = 128
 LEARNT_FROM = 1300  # of the training split: what is out of their scope are the others
 
 
+def settings_of(host: Host, method: str) -> dict[str, Any]:
+    return SETTINGS.get(method, {}) | (COPYING if host.kind == "seq2seq" and method in ("serac", "eren") else {})
+
+
 def prepared(host: Host, method: str, cases: Sequence[ScopeCase], run: Run, folder: Path, quick: bool) -> State | None:
     """What the method has learnt about the host from the cases: from the folder, or now."""
     short = {"steps": 4, "every": 2, "scope_steps": 20} if quick else {}
-    settings = SETTINGS.get(method, {}) | {k: v for k, v in short.items() if k in methods.make(method).config}
+    settings = settings_of(host, method) | {k: v for k, v in short.items() if k in methods.make(method).config}
     made = methods.make(method, **settings)
     try:
         ledger = Ledger(folder)
@@ -59,8 +64,7 @@ def prepared(host: Host, method: str, cases: Sequence[ScopeCase], run: Run, fold
 
 def edited(host: Host, method: str, examples: tuple[Example, ...], run: Run) -> tuple[Any, float]:
     start = time.perf_counter()
-    settings = {k: v for k, v in SETTINGS.get(method, {}).items() if k in methods.make(method).config}
-    patch = methods.make(method, **settings).edit(host, examples, run)
+    patch = methods.make(method, **settings_of(host, method)).edit(host, examples, run)
     return patch, time.perf_counter() - start
 
 
