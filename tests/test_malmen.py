@@ -1,6 +1,7 @@
 """malmen: its formula, that it learns, other ways to ask, and its rows as things that are kept."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from errata import apply, hosts
 from errata.hosts import Host
-from errata.methods import _hyper, _meta
+from errata.methods import _hyper, _keys, _meta
 from errata.methods import malmen as room
 from errata.methods._restated import Spoken
+from errata.methods.malmen import Malmen
 from errata.types import AddLowRank, Budget, Example, InvalidExample, Rows, Run, State, Summed, WrongBase
 
 EXAMPLES = tuple(c.example for c in CASES)
@@ -127,6 +129,67 @@ def test_the_round_that_uses_the_budget_is_the_last(tiny_llama: Host) -> None:
     one, many = (malmen(rounds=n, caution=1.0, held=12, **upper).edit(tiny_llama, EXAMPLES[:2], run) for n in (1, 3))
     for a, b in zip(one.ops, many.ops, strict=True):
         assert torch.equal(apply.change(tiny_llama, a), apply.change(tiny_llama, b))
+
+
+def test_no_round_but_the_last_is_cautious(tiny_llama: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, inside = list[float](), _keys.inside
+
+    def seen(host: Host, still: Any, epsilon: float, lam: float, *rest: Any) -> Any:
+        taken.append(lam)
+        return inside(host, still, epsilon, lam, *rest)
+
+    monkeypatch.setattr(_keys, "inside", seen)
+    run = prepared(tiny_llama)
+    for rounds, wanted in ((1, [1.0]), (3, [12.0, 12.0, 1.0])):
+        taken.clear()
+        malmen(rounds=rounds).edit(tiny_llama, EXAMPLES, run)
+        assert taken == wanted
+
+
+@both_orientations
+def test_training_begins_behind_the_rounds_that_an_edit_makes(host: Host) -> None:
+    run = prepared(host)
+    assert run.state is not None
+    method = malmen()
+    _, net = _meta.known(method, "malmen", host, run.state, ())
+    modules = run.state.config["modules"]
+    priors = {m: method._prior(_keys.covariance_of(host, run.state, m)) for m in modules}
+    take = functools.partial(method._rows, host, modules=modules, ways=run.state.config["ways"], progress=RUN.progress)
+    first = _meta.together(host, take(EXAMPLES), modules)
+    shifts, behind = method._earlier(host, take, priors, net, EXAMPLES, first, 2)
+    with pytest.MonkeyPatch.context() as patched:  # of more rounds than two the first two
+        inside = _keys.inside
+        patched.setattr(_keys, "inside", lambda h, still, epsilon, lam, *rest: inside(h, still, epsilon, method.caution, *rest))
+        made = malmen(rounds=2).edit(host, EXAMPLES, run)
+    for op in made.ops:
+        wanted = _meta.stored(host, op.weight.removesuffix(".weight"), shifts[op.weight.removesuffix(".weight")]).float()
+        assert float((apply.change(host, op) - wanted).norm()) < 1e-3 * float(wanted.norm())
+    with apply.applied(host, made):
+        again = _meta.together(host, take(EXAMPLES), modules)
+    for m in modules:
+        for mine, theirs in zip(behind[m], again[m], strict=True):
+            assert float((mine - theirs).norm()) < 1e-3 * float(theirs.norm())
+
+
+def test_the_later_half_of_the_training_begins_behind_any_round_but_the_last(tiny_llama: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, earlier, graded = list[tuple[int, int]](), Malmen._earlier, _meta.Merging.graded
+    steps: list[int] = []
+
+    def at(self: Any, point: Any, *rest: Any) -> Any:
+        steps.append(point.step)
+        out = graded(self, point, *rest)
+        steps.pop()
+        return out
+
+    def seen(self: Malmen, *given: Any) -> Any:
+        taken.extend((step, given[-1]) for step in steps)
+        return earlier(self, *given)
+
+    monkeypatch.setattr(_meta.Merging, "graded", at)
+    monkeypatch.setattr(Malmen, "_earlier", seen)
+    malmen(steps=16, rounds=3).prepare(tiny_llama, CASES, RUN)
+    assert {rounds for _, rounds in taken} == {1, 2} and min(step for step, _ in taken) >= 8
+    assert len(taken) < 8, "some of them begin at the beginning"
 
 
 def test_rows_of_all_tokens(tiny_gpt2: Host) -> None:
