@@ -130,6 +130,8 @@ def unnamed(question: str, query: str) -> tuple[str, str]:
     A name is a run of words that begins and ends with a capital, a digit or a letter that has no case; at the beginning of a text a
     capital says nothing of a function word.
     """
+    if _capitals(question).isdisjoint(_capitals(query)):  # most pairs are done with here, and there are many
+        return question, query
     a, b = list(WORD.finditer(question)), list(WORD.finditer(query))
     at: dict[str, list[int]] = {}
     for j, word in enumerate(b):
@@ -153,6 +155,11 @@ def unnamed(question: str, query: str) -> tuple[str, str]:
         f"{question[: a[i - back].start()]}X{question[a[i].end() :]}",
         f"{query[: b[j - back].start()]}X{query[b[j].end() :]}",
     )
+
+
+def _capitals(text: str) -> set[str]:
+    """The words that a name may end with."""
+    return {w.lower() for i, w in enumerate(WORD.findall(text)) if not w[0].islower() and (i or w.lower() not in FUNCTION_WORDS)}
 
 
 def bare(pair: Pair) -> Pair:
