@@ -30,6 +30,7 @@ RING_NAMES: dict[Ring, str] = {"subject": "same subject", "relation": "same rela
 SHOWN = {"edit": 1, "paraphrases": 2, "paragraphs": 1, "negations": 1, "neighbours.subject": 1, "neighbours.relation": 1}
 SHOWN_CASES = 4
 SHOWN_FAILURES = 200
+LINE, WIDE = 14.0, 7.5  # what a label takes in a picture: its height, and the width of a letter
 GROUPS = {
     "What the edit is for": ("edit", "paraphrases", "paragraphs", "ood", "negations"),
     "What must stay": (
@@ -576,7 +577,7 @@ def facts_chart(curves: Mapping[str, Sequence[tuple[int, Scores]]]) -> Markup:
     each method, whose name stands at the end of its line."""
     sizes = sorted({n for points in curves.values() for n, _ in points})
     plane = _Plane(low=math.log2(sizes[0]), high=max(math.log2(sizes[-1]), math.log2(sizes[0]) + 1), right=664.0)
-    parts = list(_axes(plane, "facts edited at once"))
+    parts, ends = list(_axes(plane, "facts edited at once")), list[tuple[float, float, str]]()
     for n in sizes:
         parts.append(_line(plane.x(math.log2(n)), plane.bottom, plane.x(math.log2(n)), plane.bottom + 5, "axis"))
         parts.append(_label(f"{n:,}", plane.x(math.log2(n)), plane.bottom + 21, text_anchor="middle", class_="muted"))
@@ -584,8 +585,8 @@ def facts_chart(curves: Mapping[str, Sequence[tuple[int, Scores]]]) -> Markup:
         shift = min(8, 44 / len(curves)) * (i - (len(curves) - 1) / 2)
         at = [plane.x(math.log2(n)) + shift for n, _ in points]
         parts += _points(i, [(x, scores, False) for x, (_, scores) in zip(at, points, strict=True)], plane)
-        last = aggregate(points[-1][1], "ood").value
-        parts.append(_label(name, at[-1] + 10, plane.y(last or 0.0) + 4))
+        ends.append((at[-1] + 10, plane.y(aggregate(points[-1][1], "ood").value or 0.0) + 4, name))
+    parts += [_label(name, x, y) for x, y, name in _apart(ends)]
     description = "; ".join(
         f"{name}, {n} facts: {rate(aggregate(scores, 'ood').value)} of unseen text right, "
         f"{rate(aggregate(scores, 'neighbours').value)} of neighbours kept"
@@ -593,6 +594,16 @@ def facts_chart(curves: Mapping[str, Sequence[tuple[int, Scores]]]) -> Markup:
         for n, scores in points
     )
     return _picture(760, 360, "Success against the number of facts", description, parts)
+
+
+def _apart(labels: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """(x, y, text) of each, the lower ones first, raised until none stands on another."""
+    out: list[tuple[float, float, str]] = []
+    for x, y, text in sorted(labels, key=lambda label: -label[1]):
+        while over := [b for a, b, other in out if abs(b - y) < LINE and a < x + WIDE * len(text) and x < a + WIDE * len(other)]:
+            y = min(over) - LINE
+        out.append((x, y, text))
+    return out
 
 
 def reliability_chart(chances: Sequence[float], concerned: Sequence[bool], fire: float | None = None, leave: float | None = None) -> Markup:
