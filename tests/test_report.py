@@ -14,13 +14,15 @@ import pytest
 import torch
 from conftest import tiny_host
 
-from errata import apply, evaluate, report
+from errata import apply, evaluate
 from errata.evaluate import MEASURES, Answer, Estimate, Scores, aggregate
 from errata.report import (
+    LINE,
     Effect,
     Entry,
     Moved,
     Report,
+    _apart,
     alpha_chart,
     as_json,
     budget_bar,
@@ -289,11 +291,11 @@ def test_the_number_of_facts_is_a_power_of_two_and_each_method_is_named_at_its_e
 
 def test_labels_of_a_picture_do_not_stand_on_each_other() -> None:
     given = [(600.0, 300.0, "malmen"), (605.0, 300.0, "mend"), (600.0, 290.0, "lora"), (100.0, 300.0, "memit"), (600.0, 100.0, "nse")]
-    moved = {text: (x, y) for x, y, text in report._apart(given)}
+    moved = {text: (x, y) for x, y, text in _apart(given)}
     assert {text: x for text, (x, _) in moved.items()} == {text: x for x, _, text in given}
     assert moved["memit"] == (100.0, 300.0) and moved["nse"] == (600.0, 100.0), "nothing is in their way"
     heights = sorted(moved[text][1] for text in ("malmen", "mend", "lora"))
-    assert all(b - a >= report.LINE for a, b in zip(heights, heights[1:], strict=False)) and heights[-1] == 300.0
+    assert all(b - a >= LINE for a, b in zip(heights, heights[1:], strict=False)) and heights[-1] == 300.0
 
 
 def test_chances_stand_against_how_often_it_was_so() -> None:

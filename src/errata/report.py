@@ -586,7 +586,8 @@ def facts_chart(curves: Mapping[str, Sequence[tuple[int, Scores]]]) -> Markup:
         at = [plane.x(math.log2(n)) + shift for n, _ in points]
         parts += _points(i, [(x, scores, False) for x, (_, scores) in zip(at, points, strict=True)], plane)
         ends.append((at[-1] + 10, plane.y(aggregate(points[-1][1], "ood").value or 0.0) + 4, name))
-    parts += [_label(name, x, y) for x, y, name in _apart(ends)]
+    colours = {name: f"fill: var(--s{i % 8})" for i, name in enumerate(curves)}
+    parts += [_label(name, x, y, style=colours[name]) for x, y, name in _apart(ends)]
     description = "; ".join(
         f"{name}, {n} facts: {rate(aggregate(scores, 'ood').value)} of unseen text right, "
         f"{rate(aggregate(scores, 'neighbours').value)} of neighbours kept"
