@@ -147,6 +147,26 @@ def test_many_examples_take_turns(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPat
     assert len(seen) == 9 and sought == [1 + 12 * 3 // 18]
 
 
+def test_who_is_not_content_is_asked_before_others(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_descend, "DRAWN", 4)
+    examples = tuple(Example(prompt=f"The capital of Mauritius {i} is", target=" Port Louis") for i in range(9))
+    descent = _descend.Descent(tiny_gpt2, examples, RUN, replace(SETTINGS, steps=2, restated=0, contexts=0))
+    rows = [hosts.encode(tiny_gpt2, e.prompt, e.target)[0] for e in descent.examples]
+    asked: list[list[int]] = []
+
+    class Reader:
+        def logp(self, given: Sequence[_descend.Row], weights: hosts.Weights) -> Tensor:
+            asked.append([rows.index(ids) for ids, _ in given])
+            return weights["w"] + torch.tensor([-5.0 if i in (2, 7) else 0.0 for i in asked[-1]])
+
+    descent.reader = cast(_descend.Reader, Reader())
+    for _ in range(60):
+        descent.task({"w": torch.zeros((), requires_grad=True)})
+    assert descent.lost[2] > 0 == descent.lost[3]
+    assert all({2, 7} < set(turn) and len(set(turn)) == 4 for turn in asked[30:])  # by then all have been asked
+    assert {i for turn in asked[30:] for i in turn} == set(range(9))
+
+
 def test_own_neighbours_and_held_text_state_no_edited_fact(tiny_gpt2: Host) -> None:
     descent = _descend.Descent(tiny_gpt2, [RAISE], RUN, SETTINGS)
     told = [tiny_gpt2.tokenizer.decode(ids) for ids, _ in descent.pool] + [d for look in descent.looks for d in look] + descent.prefixes

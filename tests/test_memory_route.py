@@ -1,5 +1,6 @@
 """Where a memory answers: bits of what it does not concern, rows in their places, caches, beams, sentence ends, notes, mixtures."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from conftest import FAMILIES, TEXT, same_bits, tiny_host, weights_of
 from errata import apply, artefact, hosts
 from errata.hosts import Host
 from errata.memory.reader import asked_in, embedded, ends, note_of, reader_of, twin
-from errata.memory.route import Router, Turn
+from errata.memory.route import SURE, Router, Turn
 from errata.methods._memory import memory
 from errata.types import Example, InvalidExample, InvalidPatch, Memory, Patch, State, WrongBase
 
@@ -162,6 +163,32 @@ def test_the_model_goes_on_by_itself_behind_the_sentence_and_answers_a_question_
         following = int(out.logits[0, -1].argmax())
     assert turn_of == {" Rome.": "", " It": "", " is. Who was": "", " late?": "Who was late?"}
     assert following == hosts.encode(host, "Who was late?", " a girl")[0][hosts.encode(host, "Who was late?", " a girl")[1]]
+
+
+@pytest.mark.parametrize("family", ("gpt2", "t5"))
+def test_who_says_the_target_and_who_says_something_else_are_told_apart_by_what_was_said(family: str) -> None:
+    """p(y) is that of the mixture, for the target, for what begins like it, and for another answer; where the reader ends before it
+    begins, all of that probability is the target's."""
+    host = tiny_host(family)
+    with apply.applied(host, remembered(host)):
+        router = host.speakers[0]
+        assert isinstance(router, Router)
+        ids, given = hosts.encode(host, EXAMPLES[2].prompt, EXAMPLES[2].target)
+        turn, target, end = Turn(asked=EXAMPLES[2].prompt, examples=(EXAMPLES[2],)), ids[given:], host.tokenizer.eos_token_id
+        draw = torch.Generator().manual_seed(0)
+        said_PV = torch.randn(len(target), len(host.tokenizer), generator=draw).double()
+        said_PV[0, end] += 4
+        pointed = float(said_PV[0].softmax(0)[end])
+        said_PV[0, end] += math.log(SURE)  # what is left when it does not point
+        logp_PV = said_PV.log_softmax(-1)
+        said_PV[0, end] -= math.log(SURE)
+        begun, other = [*target[:-1], (target[-1] + 1) % len(host.tokenizer)], [target[0] + 1, *target[1:]]
+        for answer, copied in ((target, pointed), (begun, 0.0), (other, 0.0)):
+            out_PV = router._pointed(turn, answer[:-1], said_PV.float())
+            torch.testing.assert_close(out_PV.exp().sum(1), torch.ones(len(target)))
+            own = float(logp_PV[range(len(answer)), answer].sum().exp())
+            assert float(out_PV[range(len(answer)), answer].sum().exp()) == pytest.approx(copied + own, rel=1e-4)
+        assert out_PV.isfinite().all()
 
 
 def test_a_full_stop_inside_an_answer_does_not_end_it(tiny_gpt2: Host) -> None:

@@ -13,7 +13,7 @@ from errata.hosts import Host
 from errata.memory.route import Router
 from errata.methods import make
 from errata.methods._memory import lesson_of
-from errata.methods._notes import lessons
+from errata.methods._notes import lessons, renamed
 from errata.types import Case, Example, InvalidExample, Neighbour, Query, Run, ScopeCase, State, UnknownArchitecture, UnknownName, WrongBase
 
 WORDS = (" Paris", " Rome", " late", " the sea")
@@ -92,7 +92,27 @@ def test_what_a_case_teaches() -> None:
     assert taught.question == "What is its capital?" and taught.inside == ("What is its capital?", "Whose capital is Rome?")
     assert taught.outside == ("Where is Togo?",) and taught.answer == "Rome"
     (read,) = lessons([case])
-    assert read.inside == ((case.example.prompt, " Rome"), ("Whose capital is Rome?", " Togo"))
+    assert [(q.prompt, q.answer) for q in read.inside] == [(case.example.prompt, " Rome"), ("Whose capital is Rome?", " Togo")]
+
+
+def test_another_target_takes_the_place_of_the_old_one_everywhere_or_nowhere() -> None:
+    e = Example(prompt="What is the capital of Togo?", target=" Rome")
+    for kind, pair, wanted in (
+        ("rephrase", ("Togo's capital?", " Rome"), ("Togo's capital?", " Port Louis")),
+        ("implication", ("Whose capital is Rome?", " Togo"), ("Whose capital is Port Louis?", " Togo")),
+        ("yes/no", ("Is Nice the capital of Togo?", " False"), ("Is Nice the capital of Togo?", " False")),
+    ):
+        there, found = renamed(e, Query(prompt=pair[0], answer=pair[1], kind=kind), " Port Louis")
+        assert (found.prompt, found.answer) == wanted and (there.prompt, there.target) == (e.prompt, " Port Louis")
+    for kind, prompt, answer in (
+        ("opinion", "What do you think of Togo?", " I love it."),  # who knows whether that goes with another target
+        ("yes/no", "Is Port Louis the capital of Togo?", " False"),  # it would be true
+        ("implication", "Whose capital is Romeville?", " Togo"),
+    ):
+        query = Query(prompt=prompt, answer=answer, kind=kind)
+        assert renamed(e, query, " Port Louis") == (e, query)
+    both, query = replace(e, prompt="Rome or Togo?"), Query(prompt="Rome or Togo?", answer=" Rome", kind="edit")
+    assert renamed(both, query, " Nice") == (both, query)
 
 
 def test_rp_without_a_state_is_gated_as_lu_is(tiny_llama: Host) -> None:

@@ -18,6 +18,7 @@ File legend: N rows, T tokens, P positions, V vocabulary, Q questions, D width o
 """
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -87,6 +88,7 @@ class Router:
             )
         self.scope = _scope(host, op) if op.gate == "scope" else None
         self.reader = reader_of(host, op.small, state) if op.voice == "note" else host
+        self.copies = op.voice == "note" and state is not None and bool(state.config.get("copies"))
         self.encoder = self.scope.encoder if self.scope else encoders.load(op.encoder) if op.encoder else None
         self.rows_QD, self.owner_Q = op.vectors.numpy(), op.owner.tolist()
         self.entries = {self.examples[i]: q for q, i in enumerate(self.owner_Q)} if op.parts else {}
@@ -273,6 +275,7 @@ class Router:
 
     @torch.no_grad()
     def _noted(self, turns: Sequence[Turn], answers: Sequence[list[int]]) -> list[Tensor]:
+        """What the reader says; where it has learnt to say nothing instead of the target of its only note, that target in its place."""
         rows = []
         for turn, answer in zip(turns, answers, strict=True):
             read = hosts.tokens(self.reader, self._to_read(turn))
@@ -286,7 +289,10 @@ class Router:
             for n, i in enumerate(group):
                 start = rows[i][1] - 1 if self.host.kind == "causal" else 0
                 out[i] = logits_NTV[n, start : start + (len(answers[i]) + 1 if self.host.kind != "classifier" else 1)]
-        return out
+        if not self.copies:
+            return out
+        alone = (len(turn.examples) == 1 for turn in turns)
+        return [self._pointed(*g) if one else g[-1] for one, g in zip(alone, zip(turns, answers, out, strict=True), strict=True)]
 
     def _changed(self, turns: Sequence[Turn], given: Sequence[int]) -> AbstractContextManager[None]:
         """The host with the activations that the op has for these turns; where it reads notes, as it is."""
@@ -309,14 +315,35 @@ class Router:
         return self.op.template.replace("{notes}", note_of(turn.examples)).replace("{question}", turn.asked)
 
     def _stored(self, turn: Turn, answer: list[int], own_PV: Tensor) -> Tensor:
-        """All but `SURE` of the probability on the next token of the target, as long as what was said agrees with it."""
+        """All but `SURE` of the probability on the target."""
+        own_PV = own_PV.float().log_softmax(-1)
+        return self._copied(turn, answer, own_PV, own_PV.new_tensor(math.log1p(-SURE)), own_PV.new_tensor(math.log(SURE)))
+
+    def _pointed(self, turn: Turn, answer: list[int], said_PV: Tensor) -> Tensor:
+        """The probability that the reader ends before it begins is that of the target; the rest is that of its own words."""
+        own_PV, end = said_PV.float().log_softmax(-1), self.reader.tokenizer.eos_token_id
+        copied = own_PV[0, end].clamp(max=math.log1p(-SURE))
+        own_PV[0, end] += math.log(SURE)  # no words at all are hardly ever its own
+        own_PV[0] -= own_PV[0].logsumexp(0)
+        return self._copied(turn, answer, own_PV, copied, torch.log1p(-copied.exp()))
+
+    def _copied(self, turn: Turn, answer: list[int], own_PV: Tensor, copied: Tensor, own: Tensor) -> Tensor:
+        """(P, V) log-probabilities of a mixture of two speakers: one says the target, with log-probability `copied`, one is `own_PV`.
+
+            p(y_t | y_<t) = sum_k p_k(y_<=t) / sum_k p_k(y_<t)
+
+        So what was said tells who is speaking (a pointer sentinel mixture, Merity et al. 2016, arXiv 1609.07843, whose pointer knows one
+        thing, the whole target). Behind the target a causal model goes on itself; one that reads first ends there.
+        """
         ids, given = hosts.encode(self.host, turn.asked, turn.examples[0].target)
-        target, out_PV = ids[given:], own_PV.float().log_softmax(-1)
-        for p in range(len(own_PV)):
-            if p < len(target) and answer[:p] == target[:p]:
-                kept_V = out_PV[p] + np.log(SURE)
-                kept_V[target[p]] = torch.logaddexp(kept_V[target[p]], kept_V.new_tensor(np.log1p(-SURE)))
-                out_PV[p] = kept_V
+        target, out_PV = ids[given:], own_PV.clone()
+        for p in range(min(len(own_PV), len(target))):
+            if answer[:p] != target[:p]:
+                break
+            whole = torch.logaddexp(copied, own)
+            out_PV[p] += own - whole
+            out_PV[p, target[p]] = torch.logaddexp(out_PV[p, target[p]], copied - whole)
+            own = own + own_PV[p, target[p]]
         return out_PV
 
     def _mixed(self, turn: Turn, own_PV: Tensor, said_PV: Tensor) -> Tensor:

@@ -236,6 +236,7 @@ class Descent:
         self.host, self.settings, self.rng = host, settings, random.Random(run.seed)
         self.reader: Reader = Through(host=host)
         self.ways: list[list[str]] = []
+        self.lost = [math.inf] * len(examples)  # the loss of each when it was asked last
         self.prior: Callable[[Weights], Tensor] | None = None
         self.examples = sorted(examples, key=lambda e: e.id)  # any order gives the same patch
         given = run.hold or text.sampled(host, seed=run.seed)
@@ -292,13 +293,10 @@ class Descent:
 
     def task(self, weights: Weights) -> float:
         """Adds the gradient of the mean loss of the examples, or of `DRAWN` of them, to that of the weights; returns that loss."""
-        n = len(self.examples)
-        turn = self.rng.sample(range(n), DRAWN) if n > DRAWN else range(n)
-        each = -(-PROMPTS // n)
+        each = -(-PROMPTS // len(self.examples))
+        turn = [i for i in self._turn() for _ in range(each)]
         asked = [
-            (self.rng.choice(self.ways[i]) if self.ways else self.prompt(self.examples[i], self.others[i]), self.examples[i])
-            for i in turn
-            for _ in range(each)
+            (self.rng.choice(self.ways[i]) if self.ways else self.prompt(self.examples[i], self.others[i]), self.examples[i]) for i in turn
         ]
         rows, total = [hosts.encode(self.host, prompt, e.target) for prompt, e in asked], 0.0
         for group in self._together(rows):
@@ -308,10 +306,22 @@ class Descent:
                 others = [hosts.encode(self.host, asked[i][0], asked[i][1].contrast or asked[i][1].target) for i in group]
                 contrast_N = self.reader.logp(others, weights)
             tokens_N = torch.tensor([float(len(ids) - max(given, 1)) for ids, given in (rows[i] for i in group)], device=logp_N.device)
-            loss = goal_losses(logp_N, contrast_N, tokens_N, examples).sum() / len(asked)
+            losses_N = goal_losses(logp_N, contrast_N, tokens_N, examples)
+            loss = losses_N.sum() / len(asked)
             _accumulate(loss, weights.values())
             total += loss.item()
+            for i, lost in zip(group, losses_N.tolist(), strict=True):
+                self.lost[turn[i]] = lost
         return total
+
+    def _turn(self) -> Sequence[int]:
+        """The examples of a step: all, or `DRAWN`, three quarters of them such as were not content when they were asked last."""
+        n = len(self.examples)
+        if n <= DRAWN:
+            return range(n)
+        wanting = [i for i in range(n) if self.lost[i] > CONTENT]
+        first = self.rng.sample(wanting, k=min(len(wanting), 3 * DRAWN // 4))
+        return first + self.rng.sample(sorted({*range(n)}.difference(first)), k=DRAWN - len(first))
 
     def prompt(self, example: Example, others: list[str]) -> str:
         """The example's own prompt in half of the steps, another way of asking in the others; documents of other matters before it."""
@@ -479,7 +489,7 @@ def descend(
     origin = [leaf.detach().clone() if leaf.any() else leaf.new_zeros(()).expand_as(leaf) for leaf in leaves]
     mean = _copies(leaves)
     lam, best, best_loss, recent, cost = settings.lam, origin, math.inf, 0.0, math.inf
-    first = settings.lr * math.sqrt(len(descent.examples))  # each example needs a direction of its own
+    first = settings.lr * math.sqrt(min(len(descent.examples), DRAWN))  # each example of a step needs a direction of its own
     for step in run.progress(range(settings.steps), "descending", settings.steps):
         loss = _gradients(descent, leaves, weights, lam)
         recent = 0.8 * recent + 0.2 * loss if step else loss

@@ -3,8 +3,9 @@
     psi = argmin  mean over (note, x, y) of -log p_psi(y | note, x)     Mitchell et al. 2022 (SERAC), arXiv 2206.06520, section 3.3
 
 The note of a text in scope is the right one, whatever the memory would find. So that the reader takes the answer from the note and not
-from what it knows, most notes get another target, in the note and as the answer, where that is what is asked for: that of another example,
-or one that is put together from halves of their words, so that names which it never saw are read as well. What `psi` changes is a
+from what it knows, most notes get another target, in the note and wherever the question and the answer have it: that of another example,
+or one that is put together from halves of their words, so that names which it never saw are read as well. Where one note stands alone and
+the answer is its target, a reader that `copies` learns to end at once, and whoever asks it puts the target there. What `psi` changes is a
 difference to the weights of the host, or of a smaller model of the same tokens: low-rank factors at every projection, or, with rank 0, all
 weights.
 
@@ -16,6 +17,8 @@ File legend: N texts, T tokens.
 
 import math
 import random
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -26,7 +29,7 @@ from torch import Tensor, nn
 from errata import hosts
 from errata.hosts import Host, Weights, stored_transposed
 from errata.memory.reader import PREFIX, asked_in, note_of
-from errata.types import Case, Example, InvalidExample, Run, ScopeCase, State, canonical_json, digest
+from errata.types import Case, Example, InvalidExample, Query, Run, ScopeCase, State, canonical_json, digest
 
 HELD_BACK = (0.1, 1, 128)  # lessons that validate: this share of them, at least, at most
 WARM = 20  # steps until the rate is whole
@@ -47,6 +50,7 @@ class Settings:
     texts        of a step
     notes        in front of a text, at most
     silent       whether the reader learns to say that its notes do not tell
+    copies       whether it learns to say nothing instead of the target of its only note, which is then said in its place
     every        steps between two validations
     patience     validations without a better one before it stops
     batch_size   texts in memory at once, at most; it changes nothing else
@@ -58,6 +62,7 @@ class Settings:
     texts: int
     notes: int
     silent: bool
+    copies: bool
     every: int
     patience: int
     batch_size: int
@@ -67,10 +72,10 @@ class Settings:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """An example and what is in its scope: texts and their answers."""
+    """An example and what is in its scope: questions and their answers."""
 
     example: Example
-    inside: tuple[tuple[str, str], ...]
+    inside: tuple[Query, ...]
 
 
 def lessons(cases: Iterable[Case | ScopeCase]) -> list[Lesson]:
@@ -78,11 +83,12 @@ def lessons(cases: Iterable[Case | ScopeCase]) -> list[Lesson]:
     out = []
     for case in cases:
         e = case.example
+        found = [Query(prompt=e.prompt, answer=e.target, kind="edit")]
         if isinstance(case, Case):
-            pairs = [(prompt, e.target) for prompt in (e.prompt, *case.paraphrases, *case.paragraphs)]
+            found += [Query(prompt=prompt, answer=e.target, kind="rephrase") for prompt in (*case.paraphrases, *case.paragraphs)]
         else:
-            pairs = [(e.prompt, e.target), *((q.prompt, q.answer) for q in case.inside if q.answer is not None)]
-        out.append(Lesson(example=e, inside=tuple(dict.fromkeys(pairs))))
+            found += [q for q in case.inside if q.answer is not None]
+        out.append(Lesson(example=e, inside=tuple({(q.prompt, q.answer): q for q in reversed(found)}.values())[::-1]))
     return out
 
 
@@ -105,6 +111,7 @@ def learnt(
 
     def state(step: int, best: Mapping[str, Tensor], best_loss: float, best_step: int, dropped: int, **more: object) -> State:
         told = {"step": step, "best_step": best_step, "best_loss": best_loss if math.isfinite(best_loss) else None, "dropped": dropped}
+        told["copies"] = s.copies
         tensors = {f"{PREFIX}{n}": t.to(torch.bfloat16).contiguous() for n, t in best.items()}
         if more:
             tensors |= {f"at/{n}": t.detach().clone() for n, t in school.leaves.items()} | school.moments()
@@ -132,6 +139,27 @@ def learnt(
     return state(step, best, best_loss, best_step, dropped)
 
 
+def named(name: str, text: str) -> bool:
+    """Whether a text has a name in it, as words of their own."""
+    return re.search(rf"(?<!\w){re.escape(name.strip())}(?!\w)", text) is not None
+
+
+def put(name: str, other: str, text: str) -> str:
+    """The text with another name in the place of the name."""
+    return re.sub(rf"(?<!\w){re.escape(name.strip())}(?!\w)", lambda _: other.strip(), text)
+
+
+def renamed(example: Example, query: Query, other: str) -> tuple[Example, Query]:
+    """The same with another target, in the example and wherever the question and its answer have it. As it was where the example's own
+    prompt has it or the question has the other, or where nothing tells that the answer does not depend on it: an opinion would."""
+    old = example.target
+    known = named(old, f"{query.prompt}{query.answer}") or query.kind == "yes/no"
+    if named(old, example.prompt) or other.strip() in query.prompt or not known:
+        return example, query
+    prompt, answer, target = (put(old, other, t) for t in (query.prompt, str(query.answer), old))
+    return replace(example, target=target, contrast=None, goal="raise"), replace(query, prompt=prompt, answer=answer)
+
+
 @final
 class _School:
     """The leaves, and what they learn from. What a step draws follows from the seed and its number alone."""
@@ -143,11 +171,12 @@ class _School:
         share, fewest, most = HELD_BACK
         n = min(most, max(fewest, round(share * len(ordered))))
         self.held_back, self.train = ordered[:n], ordered[n:]
+        judged = [(named(o.example.target, q.prompt), str(q.answer)) for o in ordered for q in o.inside if q.kind == "yes/no"]
+        # what is answered where the target is named, and where something else is
+        self.verdicts = {right: Counter(a for r, a in judged if r == right).most_common(1)[0][0] for right in {r for r, _ in judged}}
         self.words = sorted({word for lesson in ordered for word in lesson.example.target.split()})
         rng = random.Random(f"{seed}/validation")
-        self.validation = [
-            self._row(rng, lesson, self.held_back, lesson.inside[rng.randrange(len(lesson.inside))]) for lesson in self.held_back
-        ]
+        self.validation = [self._row(rng, lesson, self.held_back) for lesson in self.held_back]
         self.base: dict[str, Tensor] = {}
         self.leaves = self._fresh()
         self.solver = torch.optim.Adam([*self.leaves.values()], lr=s.lr)
@@ -198,20 +227,46 @@ class _School:
                     moments = {key: tensors[f"{x}/{name}"].to(leaf.device) for x, key in (("m", "exp_avg"), ("v", "exp_avg_sq"))}
                     self.solver.state[leaf] = {"step": torch.tensor(float(steps)), **moments}
 
-    def _row(self, rng: random.Random, lesson: Lesson, others: Sequence[Lesson], pair: tuple[str, str]) -> tuple[list[int], int]:
-        """A text with notes in front of it, and its answer."""
-        (prompt, answer), example = pair, lesson.example
-        if answer == example.target and rng.random() < ANOTHER:
-            other = self._made_up(rng) if self.reader.kind != "classifier" and rng.random() < MADE_UP else rng.choice(others).example.target
-            if other.strip() not in prompt:
-                answer, example = other, replace(example, target=other, contrast=None, goal="raise")
-        beside = [o.example for o in rng.sample(others, k=min(len(others), self.s.notes)) if o is not lesson]
+    def _row(self, rng: random.Random, lesson: Lesson, others: Sequence[Lesson]) -> tuple[list[int], int]:
+        """A question with notes in front of it, and its answer. To repeat the target, and each kind of what follows from it, come equally
+        often: what follows is seldom asked, and harder."""
+        example = lesson.example
+        kinds = {q: "" if q.answer == example.target else q.kind for q in lesson.inside}
+        kind = rng.choice(sorted({*kinds.values()}))
+        query = rng.choice([q for q in lesson.inside if kinds[q] == kind])
+        label = self.reader.kind == "classifier"
+        if rng.random() < ANOTHER and not (label and query.answer != example.target):
+            example, query = self._varied(rng, lesson, query, others)
+        prompt, answer = query.prompt, str(query.answer)
+        beside = [o.example for o in rng.sample(others, k=min(len(others), self.s.notes)) if o.example.prompt != example.prompt]
         notes = [example, *beside[: rng.randint(0, self.s.notes - 1)]]
         if self.s.silent and rng.random() < NOTHING:
             notes, answer = beside or notes, UNANSWERABLE if beside else answer
         rng.shuffle(notes)
         read = self.s.template.replace("{notes}", note_of(notes)).replace("{question}", asked_in(prompt))
-        return hosts.encode(self.reader, read, answer)
+        ids, given = hosts.encode(self.reader, read, answer)
+        if self.s.copies and not label and notes == [example] and answer == example.target:
+            ids = [*ids[:given], self.reader.tokenizer.eos_token_id]
+        return ids, given
+
+    def _varied(self, rng: random.Random, lesson: Lesson, query: Query, others: Sequence[Lesson]) -> tuple[Example, Query]:
+        """With another target; and with another name where the example's prompt has the answer. Of questions whether something is true half
+        then name something else than the target, and have the other answer."""
+        made_up = self.reader.kind != "classifier" and rng.random() < MADE_UP
+        new, third = (self._made_up(rng) if made_up else rng.choice(others).example.target for _ in range(2))
+        asked = [q for q in lesson.inside if q.kind == "yes/no" and named(lesson.example.target, q.prompt)]
+        if query.kind == "yes/no" and asked and len(self.verdicts) == 2:
+            query = rng.choice(asked)
+            if rng.random() < 0.5 and third.strip() != new.strip():
+                said = replace(query, prompt=put(lesson.example.target, third, query.prompt), answer=self.verdicts[False])
+                return renamed(lesson.example, query, new)[0], said
+        example, query = renamed(lesson.example, query, new)
+        if made_up and named(str(query.answer), example.prompt) and query.answer != example.target:
+            instead = self._made_up(rng)
+            fresh = (put(str(query.answer), instead, t) for t in (example.prompt, query.prompt, str(query.answer)))
+            before, prompt, answer = fresh
+            example, query = replace(example, prompt=before, subject=None), replace(query, prompt=prompt, answer=answer)
+        return example, query
 
     def _made_up(self, rng: random.Random) -> str:
         """A name of one to three words, each of them the first half of one word and the second half of another."""
@@ -222,7 +277,7 @@ class _School:
         """One step; False where a gradient was not finite and nothing moved."""
         rng = random.Random(f"{self.seed}/{step}")
         drawn = [rng.choice(self.train) for _ in range(self.s.texts)]
-        rows = [self._row(rng, lesson, self.train, rng.choice(lesson.inside)) for lesson in drawn]
+        rows = [self._row(rng, lesson, self.train) for lesson in drawn]
         self._loss(rows, learn=True)
         norm = nn.utils.clip_grad_norm_([*self.leaves.values()], 1.0)
         if not norm.isfinite():

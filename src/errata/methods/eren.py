@@ -47,7 +47,7 @@ class Eren(Method):
         """A reader, for a model that was not taught to follow instructions. Raises InvalidExample, UnknownArchitecture."""
         _says(host)
         own = {f.name: self.config[f.name] for f in fields(_notes.Settings) if f.name in self.config}
-        settings = _notes.Settings(**own, silent=True, template=_notes.PLAIN)
+        settings = _notes.Settings(**own, silent=True, copies=False, template=_notes.PLAIN)
         return _notes.learnt(host, host, "eren", tuple(train_cases), run, settings, self.config)
 
     def trained(self, host: Host) -> int:

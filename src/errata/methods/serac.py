@@ -12,12 +12,14 @@ The two share no weight, so they are learnt one after the other (there: one loss
 
 Unlike serac@c963a39:
 * the reader is the host with a difference to its weights, or with `small` a smaller model of the same tokens (there: a model of its own);
+* where the answer is the noted target, the reader learns to end before it begins, and the target is said in its place (`memory/route.py`):
+  a small model copies nine names in ten, and what is left for it to learn is when to repeat and when to conclude;
 * the scope is learnt against the whole memory, and `fire` bounds how often it fires where it should not (there: the diagonal, and 1/2);
   where it is unsure, the base answers;
 * only the nearest examples are looked at closely (there: all), and several may speak at once, with `notes`;
 * all words of a target are kept from the key, not the last one alone; a second key has them all, for what follows from an example may
   name the answer alone.
-`faithful` is as published: pairs of the diagonal, 1/2, one note.
+`faithful` is as published: pairs of the diagonal, 1/2, one note, whose target the reader says itself.
 """
 
 from collections.abc import Iterable
@@ -75,7 +77,7 @@ class Serac(Method):
         cases = tuple(train_cases)
         reader = hosts.beside(host, self.small) if self.small else host
         own = {f.name: self.config[f.name] for f in fields(_notes.Settings) if f.name in self.config}
-        settings = _notes.Settings(**own, silent=False, template=_notes.PLAIN)
+        settings = _notes.Settings(**own, silent=False, copies=not self.faithful, template=_notes.PLAIN)
         state = _notes.learnt(host, reader, "serac", cases, run, settings, self.config)
         scope = _memory.scoped(cases, run, self.config, str(host.device))
         return _memory.with_scope(state, scope)
