@@ -144,7 +144,8 @@ def test_many_examples_take_turns(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPat
     for step in range(1, 13):
         descent.task({"w": torch.zeros((), requires_grad=True)})
         assert sum(counts) == 3 * step
-    assert len(seen) == 9 and sought == [1 + 12 * 3 // 18]
+    assert len(seen) == 9 and sought == [1 + 36 * 3 // 18]
+    assert descent.settings.steps == 36 and descent.settings.lr == pytest.approx(SETTINGS.lr / 3**0.5)  # three times as many, to each
 
 
 def test_who_is_not_content_is_asked_before_others(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import functools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, final
 
 import torch
@@ -57,8 +57,9 @@ LOOKS = (150, 500, 1500, 4000)  # documents that it is measured on, never among 
 class Settings:
     """Hyper-parameters of the descent; each method carries them as its own fields.
 
-    steps       at most
-    lr          length of the first step for one example, in the norm of each weight's change; sqrt(n) times that for n; falls as a cosine
+    steps       at most; of more than `DRAWN` examples that many for each `DRAWN`
+    lr          length of the first step for one example, in the norm of each weight's change; sqrt(n) times that for n, and of more than
+                `DRAWN` less again by the root of how many more; falls as a cosine
     lam         first value of the multiplier
     contexts    up to so many documents of other matters stand before a prompt while it is learnt
     restated    up to so many other ways of asking for each example's fact, from the text that holds still (see `_restated.py`)
@@ -233,6 +234,9 @@ class Descent:
     is asked with; else they are drawn anew in each step. `prior` is what else the weights cost, in nats per token of held text."""
 
     def __init__(self, host: Host, examples: Sequence[Example], run: Run, settings: Settings) -> None:
+        more = max(1.0, len(examples) / DRAWN)  # as many turns for each of many as for each of few, on a way longer by the root of it
+        settings = replace(settings, steps=round(settings.steps * more), lr=settings.lr / math.sqrt(more))
+        self.check_every = CHECK_EVERY * round(math.sqrt(more))
         self.host, self.settings, self.rng = host, settings, random.Random(run.seed)
         self.reader: Reader = Through(host=host)
         self.ways: list[list[str]] = []
@@ -260,7 +264,7 @@ class Descent:
         self.hurt: list[int] = []
         self.prefixes = [d for d in others if len(d) < 120 and host.kind == "causal"]  # others are whole questions
         ways = settings.restated
-        if len(self.examples) > DRAWN:  # no more than there will be steps for: half of an example's turns ask in another way
+        if len(self.examples) > DRAWN:  # half of an example's turns ask in another way
             ways = min(ways, 1 + settings.steps * DRAWN // (2 * len(self.examples)))
         self.others = restated(host, self.examples, spoken, others, seen, ways, run.seed, settings.tried)
 
@@ -497,7 +501,7 @@ def descend(
         optimizer.step(first * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
         for average, leaf in zip(mean, leaves, strict=True):
             average.lerp_(leaf.detach(), 1 - min(AVERAGE, (step + 1) / (step + 10)))
-        if (step + 1) % CHECK_EVERY == 0 or step + 1 == settings.steps:
+        if (step + 1) % descent.check_every == 0 or step + 1 == settings.steps:
             current = _copies(leaves)
             _put(leaves, mean)
             with torch.no_grad():

@@ -34,6 +34,7 @@ from errata.types import Case, Example, InvalidExample, Query, Run, ScopeCase, S
 HELD_BACK = (0.1, 1, 128)  # lessons that validate: this share of them, at least, at most
 WARM = 20  # steps until the rate is whole
 ANOTHER, MADE_UP = 0.8, 0.6  # share of the notes that get another target; share of those in which it is put together
+ALONE = 0.7  # of the steps of a reader that will point it says every target itself, so that it learns to say names
 NOTHING = 0.25  # of the texts of a reader that may say so have no note that tells the answer
 UNANSWERABLE = " unanswerable"
 PLAIN = "{notes} {question}"  # what a reader that has learnt reads
@@ -46,7 +47,7 @@ class Settings:
 
     rank         of the differences at every projection; 0: all weights move
     steps        at most
-    lr           Adam's, falls as a cosine
+    lr           Adam's, falls as a cosine; for a reader that copies twice
     texts        of a step
     notes        in front of a text, at most
     silent       whether the reader learns to say that its notes do not tell
@@ -128,12 +129,13 @@ def learnt(
     else:
         best = school.now()
     for _ in run.progress(range(step, s.steps), "learning to read", s.steps - step):
-        if step - best_step >= s.patience * s.every:
+        if step >= school.turn and step - max(best_step, school.turn) >= s.patience * s.every:
             break
         dropped += not school.stepped(step)
         step += 1
         if step % s.every == 0 or step == s.steps:
-            if (loss := school.validated()) < best_loss:
+            asked_anew = 0 < school.turn < step and best_step <= school.turn
+            if (loss := school.validated(step)) < best_loss or asked_anew:
                 best, best_loss, best_step = school.now(), loss, step
             run.keep(state(step, best, best_loss, best_step, dropped, unfinished=True))
     return state(step, best, best_loss, best_step, dropped)
@@ -175,8 +177,11 @@ class _School:
         # what is answered where the target is named, and where something else is
         self.verdicts = {right: Counter(a for r, a in judged if r == right).most_common(1)[0][0] for right in {r for r, _ in judged}}
         self.words = sorted({word for lesson in ordered for word in lesson.example.target.split()})
-        rng = random.Random(f"{seed}/validation")
-        self.validation = [self._row(rng, lesson, self.held_back) for lesson in self.held_back]
+        self.turn = round(ALONE * s.steps) if s.copies and reader.kind != "classifier" else 0  # from this step on it points
+        self.validation: dict[bool, list[tuple[list[int], int]]] = {}
+        for points in (False, True):
+            rng = random.Random(f"{seed}/validation")
+            self.validation[points] = [self._row(rng, lesson, self.held_back, points) for lesson in self.held_back]
         self.base: dict[str, Tensor] = {}
         self.leaves = self._fresh()
         self.solver = torch.optim.Adam([*self.leaves.values()], lr=s.lr)
@@ -227,9 +232,11 @@ class _School:
                     moments = {key: tensors[f"{x}/{name}"].to(leaf.device) for x, key in (("m", "exp_avg"), ("v", "exp_avg_sq"))}
                     self.solver.state[leaf] = {"step": torch.tensor(float(steps)), **moments}
 
-    def _row(self, rng: random.Random, lesson: Lesson, others: Sequence[Lesson]) -> tuple[list[int], int]:
-        """A question with notes in front of it, and its answer. To repeat the target, and each kind of what follows from it, come equally
-        often: what follows is seldom asked, and harder."""
+    def _row(self, rng: random.Random, lesson: Lesson, others: Sequence[Lesson], points: bool) -> tuple[list[int], int]:
+        """A question with notes in front of it, and its answer; where it `points`, the end in the place of the target of an only note.
+
+        To repeat the target, and each kind of what follows from it, come equally often: what follows is seldom asked, and harder.
+        """
         example = lesson.example
         kinds = {q: "" if q.answer == example.target else q.kind for q in lesson.inside}
         kind = rng.choice(sorted({*kinds.values()}))
@@ -245,7 +252,7 @@ class _School:
         rng.shuffle(notes)
         read = self.s.template.replace("{notes}", note_of(notes)).replace("{question}", asked_in(prompt))
         ids, given = hosts.encode(self.reader, read, answer)
-        if self.s.copies and not label and notes == [example] and answer == example.target:
+        if points and not label and notes == [example] and answer == example.target:
             ids = [*ids[:given], self.reader.tokenizer.eos_token_id]
         return ids, given
 
@@ -277,20 +284,22 @@ class _School:
         """One step; False where a gradient was not finite and nothing moved."""
         rng = random.Random(f"{self.seed}/{step}")
         drawn = [rng.choice(self.train) for _ in range(self.s.texts)]
-        rows = [self._row(rng, lesson, self.train) for lesson in drawn]
+        points = self.turn <= step
+        first, last = (self.turn, self.s.steps) if points else (0, self.turn)
+        rows = [self._row(rng, lesson, self.train, points and self.s.copies) for lesson in drawn]
         self._loss(rows, learn=True)
         norm = nn.utils.clip_grad_norm_([*self.leaves.values()], 1.0)
         if not norm.isfinite():
             return False
-        fallen = min(1.0, (step + 1) / WARM) * 0.5 * (1 + math.cos(math.pi * step / self.s.steps))
+        fallen = min(1.0, (step - first + 1) / WARM) * 0.5 * (1 + math.cos(math.pi * (step - first) / (last - first)))
         for group in self.solver.param_groups:
             group["lr"] = self.s.lr * fallen
         self.solver.step()
         return True
 
-    def validated(self) -> float:
+    def validated(self, step: int) -> float:
         with torch.no_grad():
-            return self._loss(self.validation, learn=False)
+            return self._loss(self.validation[self.s.copies and step > self.turn], learn=False)
 
     def _loss(self, rows: Sequence[tuple[list[int], int]], learn: bool) -> float:
         """Mean over the rows of -log p of the answer, per token; with `learn` its gradients go to the leaves."""
