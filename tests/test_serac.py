@@ -11,7 +11,7 @@ from conftest import same_bits, tiny_host, weights_of
 from errata import apply, hosts
 from errata.hosts import Host
 from errata.memory.route import Router
-from errata.methods import make
+from errata.methods import _notes, make
 from errata.methods._memory import lesson_of
 from errata.methods._notes import lessons, renamed
 from errata.types import Case, Example, InvalidExample, Neighbour, Query, Run, ScopeCase, State, UnknownArchitecture, UnknownName, WrongBase
@@ -113,6 +113,19 @@ def test_another_target_takes_the_place_of_the_old_one_everywhere_or_nowhere() -
         assert renamed(e, query, " Port Louis") == (e, query)
     both, query = replace(e, prompt="Rome or Togo?"), Query(prompt="Rome or Togo?", answer=" Rome", kind="edit")
     assert renamed(both, query, " Nice") == (both, query)
+
+
+def test_a_classifier_points_at_nothing() -> None:
+    host = tiny_host("bert")
+    cases = [replace(c, example=replace(c.example, prompt=f"{c.example.prompt} big.", target=("true", "false")[i % 2]), neighbours=())
+             for i, c in enumerate(CASES)]  # fmt: skip
+    state = make("serac", **QUICK).prepare(host, cases, Run())
+    assert state is not None and state.config["copies"] is False
+    settings: dict[str, Any] = {"rank": 4, "texts": 4, "every": 2, "lr": 1e-3, "steps": 4, "notes": 1, "patience": 1, "batch_size": 4}
+    for kind, copies, turn in (("bert", True, 0), ("t5", True, 3), ("t5", False, 0)):
+        given = lessons(cases if kind == "bert" else CASES)
+        made = _notes._School(tiny_host(kind), given, _notes.Settings(**settings, silent=False, copies=copies, template=_notes.PLAIN), 0)
+        assert (made.turn, made.copies) == (turn, copies and kind != "bert")
 
 
 def test_rp_without_a_state_is_gated_as_lu_is(tiny_llama: Host) -> None:

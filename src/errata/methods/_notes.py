@@ -112,7 +112,7 @@ def learnt(
 
     def state(step: int, best: Mapping[str, Tensor], best_loss: float, best_step: int, dropped: int, **more: object) -> State:
         told = {"step": step, "best_step": best_step, "best_loss": best_loss if math.isfinite(best_loss) else None, "dropped": dropped}
-        told["copies"] = s.copies
+        told["copies"] = school.copies
         tensors = {f"{PREFIX}{n}": t.to(torch.bfloat16).contiguous() for n, t in best.items()}
         if more:
             tensors |= {f"at/{n}": t.detach().clone() for n, t in school.leaves.items()} | school.moments()
@@ -177,9 +177,10 @@ class _School:
         # what is answered where the target is named, and where something else is
         self.verdicts = {right: Counter(a for r, a in judged if r == right).most_common(1)[0][0] for right in {r for r, _ in judged}}
         self.words = sorted({word for lesson in ordered for word in lesson.example.target.split()})
-        self.turn = round(ALONE * s.steps) if s.copies and reader.kind != "classifier" else 0  # from this step on it points
+        self.copies = s.copies and reader.kind != "classifier" and reader.tokenizer.eos_token_id is not None
+        self.turn = round(ALONE * s.steps) if self.copies else 0  # from this step on it points
         self.validation: dict[bool, list[tuple[list[int], int]]] = {}
-        for points in (False, True):
+        for points in {False, self.copies}:
             rng = random.Random(f"{seed}/validation")
             self.validation[points] = [self._row(rng, lesson, self.held_back, points) for lesson in self.held_back]
         self.base: dict[str, Tensor] = {}
@@ -252,7 +253,7 @@ class _School:
         rng.shuffle(notes)
         read = self.s.template.replace("{notes}", note_of(notes)).replace("{question}", asked_in(prompt))
         ids, given = hosts.encode(self.reader, read, answer)
-        if points and not label and notes == [example] and answer == example.target:
+        if points and notes == [example] and answer == example.target:
             ids = [*ids[:given], self.reader.tokenizer.eos_token_id]
         return ids, given
 
@@ -286,7 +287,7 @@ class _School:
         drawn = [rng.choice(self.train) for _ in range(self.s.texts)]
         points = self.turn <= step
         first, last = (self.turn, self.s.steps) if points else (0, self.turn)
-        rows = [self._row(rng, lesson, self.train, points and self.s.copies) for lesson in drawn]
+        rows = [self._row(rng, lesson, self.train, points and self.copies) for lesson in drawn]
         self._loss(rows, learn=True)
         norm = nn.utils.clip_grad_norm_([*self.leaves.values()], 1.0)
         if not norm.isfinite():
@@ -299,7 +300,7 @@ class _School:
 
     def validated(self, step: int) -> float:
         with torch.no_grad():
-            return self._loss(self.validation[self.s.copies and step > self.turn], learn=False)
+            return self._loss(self.validation[self.copies and step > self.turn], learn=False)
 
     def _loss(self, rows: Sequence[tuple[list[int], int]], learn: bool) -> float:
         """Mean over the rows of -log p of the answer, per token; with `learn` its gradients go to the leaves."""
