@@ -1,6 +1,8 @@
 """serac, rp and eren: what they learn, that a training which was cut off goes on as if it had not been, and that they read."""
 
 import math
+import random
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -113,6 +115,37 @@ def test_another_target_takes_the_place_of_the_old_one_everywhere_or_nowhere() -
         assert renamed(e, query, " Port Louis") == (e, query)
     both, query = replace(e, prompt="Rome or Togo?"), Query(prompt="Rome or Togo?", answer=" Rome", kind="edit")
     assert renamed(both, query, " Nice") == (both, query)
+
+
+def test_with_other_names_what_follows_still_follows() -> None:
+    """Whatever names are put in: "True" is said of a question that names the target, and asked backwards is what was asked of."""
+    cases = [
+        ScopeCase(
+            example=Example(prompt=f"What is the capital of {of}?", target=f" {city}"),
+            inside=(
+                Query(prompt=f"Whose capital is {city}?", answer=f" {of}", kind="implication"),
+                Query(prompt=f"Is {city} the capital of {of}?", answer=" True", kind="yes/no"),
+                Query(prompt=f"Is Nice the capital of {of}?", answer=" False", kind="yes/no"),
+            ),
+            outside=(Query(prompt="Where is Lille?"),),
+        )
+        for of, city in (("Togo", "Rome"), ("Peru", "Port Louis"), ("Kenya", "Paris"), ("Italy", "Lyon"))
+    ]
+    settings = _notes.Settings(rank=4, texts=4, every=2, lr=1e-3, steps=4, notes=1, patience=1, batch_size=4, silent=False, copies=True,
+                               template=_notes.PLAIN)  # fmt: skip
+    school, rng, seen = _notes._School(tiny_host("t5"), lessons(cases), settings, 0), random.Random(0), Counter[str]()
+    for lesson in lessons(cases) * 60:
+        query = rng.choice(lesson.inside)
+        e, asked = school._varied(rng, lesson, query, lessons(cases))
+        target, answer = e.target.strip(), str(asked.answer).strip()
+        seen[answer if query.kind == "yes/no" else query.kind] += 1
+        if query.kind == "yes/no":
+            assert answer == str(_notes.named(target, asked.prompt)), (e, asked)
+        elif query.kind == "implication":
+            assert _notes.named(target, asked.prompt) and _notes.named(answer, e.prompt), (e, asked)
+        else:
+            assert answer == target and asked.prompt == e.prompt
+    assert min(seen["True"], seen["False"]) > 0.3 * (seen["True"] + seen["False"]) and len(seen) == 4, seen
 
 
 def test_a_classifier_points_at_nothing() -> None:

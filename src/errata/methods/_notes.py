@@ -265,15 +265,15 @@ class _School:
         asked = [q for q in lesson.inside if q.kind == "yes/no" and named(lesson.example.target, q.prompt)]
         if query.kind == "yes/no" and asked and len(self.verdicts) == 2:
             query = rng.choice(asked)
-            if rng.random() < 0.5 and third.strip() != new.strip():
-                said = replace(query, prompt=put(lesson.example.target, third, query.prompt), answer=self.verdicts[False])
-                return renamed(lesson.example, query, new)[0], said
+            moved, _ = renamed(lesson.example, query, new)
+            if rng.random() < 0.5 and not named(moved.target, third) and not named(third, moved.target):
+                return moved, replace(query, prompt=put(lesson.example.target, third, query.prompt), answer=self.verdicts[False])
         example, query = renamed(lesson.example, query, new)
-        if made_up and named(str(query.answer), example.prompt) and query.answer != example.target:
+        answer = str(query.answer)
+        if made_up and named(answer, example.prompt) and answer != example.target:
             instead = self._made_up(rng)
-            fresh = (put(str(query.answer), instead, t) for t in (example.prompt, query.prompt, str(query.answer)))
-            before, prompt, answer = fresh
-            example, query = replace(example, prompt=before, subject=None), replace(query, prompt=prompt, answer=answer)
+            example = replace(example, prompt=put(answer, instead, example.prompt), subject=None)
+            query = replace(query, prompt=put(answer, instead, query.prompt), answer=put(answer, instead, answer))
         return example, query
 
     def _made_up(self, rng: random.Random) -> str:
