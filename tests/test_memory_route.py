@@ -189,6 +189,8 @@ def test_who_says_the_target_and_who_says_something_else_are_told_apart_by_what_
             own = float(logp_PV[range(len(answer)), answer].sum().exp())
             assert float(out_PV[range(len(answer)), answer].sum().exp()) == pytest.approx(copied + own, rel=1e-4)
         assert out_PV.isfinite().all()
+        long = replace(turn, asked="It is late in Rome. " * 200 + turn.asked)  # the context has no room for it and a target
+        assert torch.equal(router._pointed(long, target[:-1], said_PV.float()), router._pointed(turn, target[:-1], said_PV.float()))
 
 
 def test_a_full_stop_inside_an_answer_does_not_end_it(tiny_gpt2: Host) -> None:

@@ -237,7 +237,7 @@ def gives(continuation: str, answer: str, old: str | None = None) -> bool:
         return False
     sentence = re.split(r"(?<=[.!?])\s|\n", continuation.strip(), maxsplit=1)[0]
     rest = " ".join(sentence.split())[len(" ".join(answer.split())) :]
-    return re.search(rf"(?<!\w){re.escape(' '.join(old.split()))}(?!\w)", rest) is None
+    return text.whole(" ".join(old.split())).search(rest) is None
 
 
 def _refuse_leaks(cases: Sequence[Case], patch: Patch | None, state: State | None) -> None:

@@ -164,8 +164,9 @@ def answer(said: str) -> str:
     return re.split(r"[.,;:!?\n]", said.strip(), maxsplit=1)[0].strip()
 
 
-def _whole(name: str) -> re.Pattern[str]:
-    return re.compile(rf"\b{re.escape(name)}\b")
+def whole(name: str, flags: int = 0) -> re.Pattern[str]:
+    """What finds a name in a text where it stands as words of its own, whatever it begins and ends with."""
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", flags)
 
 
 @final
@@ -188,7 +189,7 @@ class Statements:
             subject = example.subject or topic(example.prompt, seen, n)
             for first in (next(iter(_words(a)), None) for a in words):
                 (self._of_any if first is None else self._of_word.setdefault(first, set())).add(len(self._facts))
-            self._facts.append((_whole(subject) if subject else None, weights, [_whole(a) for a in words]))
+            self._facts.append((whole(subject) if subject else None, weights, [whole(a) for a in words]))
 
     def any_in(self, text: str) -> bool:
         words = set(_words(text))

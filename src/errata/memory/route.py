@@ -42,6 +42,7 @@ from errata.types import Example, InvalidExample, Memory, WrongBase
 UNANSWERABLE = "unanswerable"  # what a reader says where its notes do not tell (EREN)
 DEEP = 0.7  # of a sentence: where a document is looked at
 SHORT = 4  # tokens; shorter sentences of a document are not looked at
+END = 64  # characters of a question that decide of the tokens of what stands behind it
 SURE = 1e-4  # of the probability is left to others where a stored answer is said
 REMEMBERED = 1 << 16  # texts whose ruling is kept
 
@@ -291,8 +292,8 @@ class Router:
                 out[i] = logits_NTV[n, start : start + (len(answers[i]) + 1 if self.host.kind != "classifier" else 1)]
         if not self.copies:
             return out
-        alone = (len(turn.examples) == 1 for turn in turns)
-        return [self._pointed(*g) if one else g[-1] for one, g in zip(alone, zip(turns, answers, out, strict=True), strict=True)]
+        each = zip(turns, answers, out, strict=True)
+        return [self._pointed(turn, answer, said) if len(turn.examples) == 1 else said for turn, answer, said in each]
 
     def _changed(self, turns: Sequence[Turn], given: Sequence[int]) -> AbstractContextManager[None]:
         """The host with the activations that the op has for these turns; where it reads notes, as it is."""
@@ -335,7 +336,8 @@ class Router:
         So what was said tells who is speaking (a pointer sentinel mixture, Merity et al. 2016, arXiv 1609.07843, whose pointer knows one
         thing, the whole target). Behind the target a causal model goes on itself; one that reads first ends there.
         """
-        ids, given = hosts.encode(self.host, turn.asked, turn.examples[0].target)
+        # of a question as long as the context the end will do: where a target begins depends on no more
+        ids, given = hosts.encode(self.host, turn.asked[-END:], turn.examples[0].target)
         target, out_PV = ids[given:], own_PV.clone()
         for p in range(min(len(own_PV), len(target))):
             if answer[:p] != target[:p]:

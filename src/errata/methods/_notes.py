@@ -17,7 +17,6 @@ File legend: N texts, T tokens.
 
 import math
 import random
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from errata import hosts
+from errata import hosts, text
 from errata.hosts import Host, Weights, stored_transposed
 from errata.memory.reader import PREFIX, asked_in, note_of
 from errata.types import Case, Example, InvalidExample, Query, Run, ScopeCase, State, canonical_json, digest
@@ -89,7 +88,10 @@ def lessons(cases: Iterable[Case | ScopeCase]) -> list[Lesson]:
             found += [Query(prompt=prompt, answer=e.target, kind="rephrase") for prompt in (*case.paraphrases, *case.paragraphs)]
         else:
             found += [q for q in case.inside if q.answer is not None]
-        out.append(Lesson(example=e, inside=tuple({(q.prompt, q.answer): q for q in reversed(found)}.values())[::-1]))
+        unique: dict[tuple[str, str | None], Query] = {}
+        for query in found:
+            unique.setdefault((query.prompt, query.answer), query)
+        out.append(Lesson(example=e, inside=tuple(unique.values())))
     return out
 
 
@@ -141,14 +143,14 @@ def learnt(
     return state(step, best, best_loss, best_step, dropped)
 
 
-def named(name: str, text: str) -> bool:
+def named(name: str, asked: str) -> bool:
     """Whether a text has a name in it, as words of their own."""
-    return re.search(rf"(?<!\w){re.escape(name.strip())}(?!\w)", text) is not None
+    return text.whole(name.strip()).search(asked) is not None
 
 
-def put(name: str, other: str, text: str) -> str:
+def put(name: str, other: str, asked: str) -> str:
     """The text with another name in the place of the name."""
-    return re.sub(rf"(?<!\w){re.escape(name.strip())}(?!\w)", lambda _: other.strip(), text)
+    return text.whole(name.strip()).sub(lambda _: other.strip(), asked)
 
 
 def renamed(example: Example, query: Query, other: str) -> tuple[Example, Query]:

@@ -321,7 +321,7 @@ def _unnamed(key: str) -> Callable[[Line], bool]:
 
 
 def _given_away(line: Line) -> bool:
-    return re.search(rf"(?<!\w){re.escape(line.text('suffix').strip())}(?!\w)", line.text("prefix")) is not None
+    return text.whole(line.text("suffix").strip()).search(line.text("prefix")) is not None
 
 
 def _repeated(lines: list[Line]) -> list[int]:

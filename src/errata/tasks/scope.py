@@ -389,7 +389,7 @@ def _judged(rng: random.Random, one: Asked) -> list[Query]:
 
 def instead(sentence: str, old: str, new: str) -> str | None:
     """The sentence with `new` wherever `old` stands in it, in whatever case; None where it does not."""
-    out, found = re.subn(rf"(?<!\w){re.escape(old)}(?!\w)", lambda _: new, sentence, flags=re.IGNORECASE)
+    out, found = text.whole(old, re.IGNORECASE).subn(lambda _: new, sentence)
     return out if found else None
 
 
