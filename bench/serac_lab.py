@@ -30,7 +30,7 @@ TOGETHER = {"qa": 10, "qa-hard": 10, "fc": 10, "convsent": 5}
 GOALS = {("qa", "es"): (">=", 0.97), ("qa", "dd"): ("<=", 0.01), ("qa-hard", "es"): (">=", 0.90)}
 COMPARED = ("serac", "lu", "rp", "eren", "grace", "finetune", "mend", "enn", "ke")
 READER: dict[str, Any] = {"rank": 0, "lr": 1e-3, "steps": 2500, "every": 250}
-COPYING = {"lr": 1e-3, "steps": 11_000, "patience": 32}  # a T5 has to learn to say names that it has never seen
+COPYING = {"lr": 1e-3, "steps": 6000, "patience": 32}  # a T5 has to learn to say names that it has never seen
 SCOPE = {"scope_steps": 1600}
 SETTINGS: dict[str, dict[str, Any]] = {"serac": READER | SCOPE, "rp": SCOPE, "eren": READER}
 CURVES = ("serac", "lu", "rp")  # those that hold any number

@@ -11,7 +11,7 @@ from conftest import FAMILIES, TEXT, same_bits, tiny_host, weights_of
 
 from errata import apply, artefact, hosts
 from errata.hosts import Host
-from errata.memory.reader import asked_in, embedded, ends, note_of, reader_of, twin
+from errata.memory.reader import asked_in, embedded, ends, marked, note_of, reader_of, twin
 from errata.memory.route import SURE, Router, Turn
 from errata.methods._memory import memory
 from errata.types import Example, InvalidExample, InvalidPatch, Memory, Patch, State, WrongBase
@@ -73,6 +73,16 @@ def test_who_goes_on_asks_only_where_a_question_ends() -> None:
 
 def test_a_note_is_prompt_and_target() -> None:
     assert note_of([Example(prompt="A is", target=" b"), Example(prompt="C?", target="d")]) == "A is b C? d"
+
+
+def test_a_mark_stands_behind_each_target_that_is_named() -> None:
+    lome, port, t = Example(prompt="Capital of Togo?", target=" Lome"), Example(prompt="Of Mauritius?", target="Port Louis"), "T"
+    assert marked("Whose capital is Lome?", [lome]) == "Whose capital is Lome =?"
+    assert marked("Is it Port Louis, Lome or Portland?", [lome, port]) == "Is it Port Louis =, Lome = or Portland?"
+    assert marked("Lome, and Lome", [lome, lome]) == "Lome =, and Lome ="
+    for other in ("Lomes are here.", "Is it lome?", "Capital of Togo?", ""):
+        assert marked(other, [lome]) == other
+    assert marked("Is it T.T.?", [Example(prompt="Who?", target=t)]) == "Is it T =.T =.?"
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- bits

@@ -113,13 +113,13 @@ def test_what_is_judged_depends_neither_on_the_order_nor_on_what_is_judged_besid
 
 def test_a_candidate_that_is_not_near_is_out_without_a_look(trained: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[Pair] = []
-    whole = scopes._scores
+    whole = scopes.Distance.first
 
-    def scores(verifiers: Sequence[scopes.Verifier], pairs: Sequence[Pair], encoder: Encoder) -> np.ndarray:
+    def first(self: scopes.Distance, pairs: Sequence[Pair], encoder: Encoder) -> torch.Tensor:
         looked.extend(pairs)
-        return whole(verifiers, pairs, encoder)
+        return whole(self, pairs, encoder)
 
-    monkeypatch.setattr(scopes, "_scores", scores)
+    monkeypatch.setattr(scopes.Distance, "first", first)
     some = [Candidate(question="The capital of Bami is", answer="A", score=s) for s in (trained.near, trained.near - 1e-6)]
     first, second = trained.judge(["The capital of Bami is"], [some])[0]
     assert first.ruling == "in" and second == scopes.Judged(chance=0.0, ruling="out")
@@ -132,16 +132,21 @@ def test_what_the_first_distance_rules_out_is_not_looked_at_and_nothing_else_cha
     lessons = [lesson(i) for i in range(100, 140)]
     queries = [q for x in lessons for q in (*x.inside, *x.outside)]
     found = proposals(queries, lessons, trained.encoder, k=8)
-    shallow = replace(trained, near=-1.0)
-    shorter = shallow.judge(queries, found)
-    looked = []
-    monkeypatch.setattr(Scope, "_worth_a_look", lambda self, pairs: looked.extend(pairs) or range(len(pairs)))
-    whole = shallow.judge(queries, found)
-    assert [[j.ruling for j in own] for own in shorter] == [[j.ruling for j in own] for own in whole]
-    both = [(a, b) for some, others in zip(shorter, whole, strict=True) for a, b in zip(some, others, strict=True)]
-    skipped = [b for a, b in both if a.chance == 0.0]
-    assert len(looked) / 8 < len(skipped) < len(looked) and all(b.chance <= trained.leave for b in skipped)
-    assert all(math.isclose(a.chance, b.chance, rel_tol=1e-5) for a, b in both if a.chance)
+    pairs = [Pair(c.question, c.answer, query) for query, some in zip(queries, found, strict=True) for c in some]
+    whole = scopes._sigmoid(scopes._scores(trained.verifiers, pairs, trained.encoder) @ np.array(trained.slopes) + trained.shift)
+    looked: list[Pair] = []
+    second = scopes.Distance.second
+
+    def names(self: scopes.Distance, pairs: Sequence[Pair], encoder: Encoder) -> torch.Tensor:
+        looked.extend(pairs)
+        return second(self, pairs, encoder)
+
+    monkeypatch.setattr(scopes.Distance, "second", names)
+    shorter = [judged for own in replace(trained, near=-1.0).judge(queries, found) for judged in own]
+    assert [a.ruling for a in shorter] == [trained._judged(chance).ruling for chance in whole]
+    skipped = [chance for a, chance in zip(shorter, whole, strict=True) if a.chance == 0.0]
+    assert len(pairs) / 8 < len(skipped) == len(pairs) - len(looked) and max(skipped) <= trained.leave
+    assert all(math.isclose(a.chance, chance, rel_tol=1e-5) for a, chance in zip(shorter, whole, strict=True) if a.chance)
 
 
 def test_between_leave_and_fire_it_is_unsure(trained: Scope) -> None:

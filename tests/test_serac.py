@@ -3,7 +3,7 @@
 import math
 import random
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from conftest import same_bits, tiny_host, weights_of
 
 from errata import apply, hosts
 from errata.hosts import Host
-from errata.memory.route import Router
+from errata.memory.route import Router, Turn
 from errata.methods import _notes, make
 from errata.methods._memory import lesson_of
 from errata.methods._notes import lessons, renamed
@@ -146,6 +146,28 @@ def test_with_other_names_what_follows_still_follows() -> None:
         else:
             assert answer == target and asked.prompt == e.prompt
     assert min(seen["True"], seen["False"]) > 0.3 * (seen["True"] + seen["False"]) and len(seen) == 4, seen
+
+
+def test_what_a_reader_learns_to_read_is_what_it_is_given() -> None:
+    """In a lesson and from a memory: the note, then the question with a mark where it names the target; none where it is as published."""
+    host = tiny_host("t5")
+    for faithful in (False, True):
+        made = make("serac", **QUICK, faithful=faithful)
+        state = made.prepare(host, CASES, Run())
+        assert (state.config["marks"], state.config["copies"]) == (not faithful, not faithful)
+        e = Example(prompt="Where is Togo?", target=" Rome")
+        asked = "Is Togo in Rome?"
+        wanted = "Where is Togo? Rome Is Togo in Rome =?" if not faithful else "Where is Togo? Rome Is Togo in Rome?"
+        with apply.applied(host, made.edit(host, (e,), Run(state=state))):
+            router = host.speakers[0]
+            assert isinstance(router, Router)
+            assert router._to_read(Turn(asked=asked, examples=(e,))) == wanted
+        own = {f.name: made.config[f.name] for f in fields(_notes.Settings) if f.name in made.config}
+        settings = _notes.Settings(**own | {"notes": 1}, silent=False, copies=not faithful, template=_notes.PLAIN)
+        lesson = _notes.Lesson(example=e, inside=(Query(prompt=asked, answer="True", kind="yes/no"),))
+        school = _notes._School(host, lessons(CASES), settings, 0)
+        rows = [school._row(random.Random(seed), lesson, [lesson], False) for seed in range(40)]
+        assert hosts.encode(host, wanted, "True") in rows
 
 
 def test_a_classifier_points_at_nothing() -> None:

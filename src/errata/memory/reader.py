@@ -18,10 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from errata import hooks, hosts
+from errata import hooks, hosts, text
 from errata.hosts import Host, stored_transposed
 from errata.types import Example, State, WrongBase
 
+MARK = " ="  # stands behind what a question and a note have in common
 PREFIX = "reader/"  # of a state's tensors: WEIGHT.A and WEIGHT.B, the factors of a difference, or WEIGHT, the whole of it
 _END = re.compile(r"(?<![A-Z])(?<![A-Z][a-z])(?<![A-Z][a-z][a-z])[.!?…][\"'”’)\]]*\s+|\n+")  # "St. Lucia" and "J. Smith" are no ends
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
@@ -79,25 +80,36 @@ def differences(host: Host, state: State | None) -> dict[str, Tensor]:
     return out
 
 
-def asked_in(text: str, going_on: bool = False) -> str:
+def asked_in(said: str, going_on: bool = False) -> str:
     """What a text asks: its last sentence, as far as it goes. Where somebody is `going_on`, "" if that is finished and no question."""
-    last = _END.split(text.strip())[-1].strip()
+    last = _END.split(said.strip())[-1].strip()
     return "" if going_on and last[-1:] in (".", "!", "…") else last
 
 
-def sentences(text: str) -> list[str]:
+def sentences(said: str) -> list[str]:
     """What a text says, one sentence after the other."""
-    return [sentence.strip() for sentence in _END.split(text) if sentence.strip()]
+    return [sentence.strip() for sentence in _END.split(said) if sentence.strip()]
 
 
-def ends(text: str) -> bool:
+def ends(said: str) -> bool:
     """Whether a sentence ends with the end of the text, as far as one can tell before more is said."""
-    return "\n" in text or text.rstrip("\"'”’)] ")[-1:] in (".", "!", "?", "…")
+    return "\n" in said or said.rstrip("\"'”’)] ")[-1:] in (".", "!", "?", "…")
 
 
 def note_of(examples: Sequence[Example]) -> str:
     """The examples as a reader gets them: prompt and target, the published order, with single spaces between them."""
     return " ".join(f"{e.prompt}{'' if e.target[0].isspace() else ' '}{e.target}" for e in examples)
+
+
+def marked(asked: str, examples: Sequence[Example]) -> str:
+    """What is asked, with `MARK` behind each target of the examples that it names.
+
+    That words are the same is told, not learnt: the exact-match feature of DrQA (Chen et al. 2017, arXiv 1704.00051, section 3.2).
+    """
+    ends_at = {match.end() for e in examples for match in text.whole(e.target.strip()).finditer(asked)}
+    for end in sorted(ends_at, reverse=True):
+        asked = f"{asked[:end]}{MARK}{asked[end:]}"
+    return asked
 
 
 @torch.no_grad()

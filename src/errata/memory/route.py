@@ -35,7 +35,7 @@ from errata.memory import activations
 from errata.memory import encoder as encoders
 from errata.memory import scope as scopes
 from errata.memory.index import Index
-from errata.memory.reader import asked_in, embedded, ends, note_of, reader_of
+from errata.memory.reader import asked_in, embedded, ends, marked, note_of, reader_of
 from errata.memory.scope import Candidate, Judged, Ruling, Scope
 from errata.types import Example, InvalidExample, Memory, WrongBase
 
@@ -89,7 +89,8 @@ class Router:
             )
         self.scope = _scope(host, op) if op.gate == "scope" else None
         self.reader = reader_of(host, op.small, state) if op.voice == "note" else host
-        self.copies = op.voice == "note" and state is not None and bool(state.config.get("copies"))
+        learnt = state.config if op.voice == "note" and state is not None else {}
+        self.copies, self.marks = bool(learnt.get("copies")), bool(learnt.get("marks"))
         self.encoder = self.scope.encoder if self.scope else encoders.load(op.encoder) if op.encoder else None
         self.rows_QD, self.owner_Q = op.vectors.numpy(), op.owner.tolist()
         self.entries = {self.examples[i]: q for q, i in enumerate(self.owner_Q)} if op.parts else {}
@@ -313,7 +314,8 @@ class Router:
     def _to_read(self, turn: Turn) -> str:
         if self.op.voice in ("value", "ranks"):
             return turn.asked
-        return self.op.template.replace("{notes}", note_of(turn.examples)).replace("{question}", turn.asked)
+        question = marked(turn.asked, turn.examples) if self.marks else turn.asked
+        return self.op.template.replace("{notes}", note_of(turn.examples)).replace("{question}", question)
 
     def _stored(self, turn: Turn, answer: list[int], own_PV: Tensor) -> Tensor:
         """All but `SURE` of the probability on the target."""

@@ -27,6 +27,7 @@ of scope. Unlike there,
 Nothing here finds a record (see `index.py`, `store.py`) or answers a query.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -157,9 +158,11 @@ def unnamed(question: str, query: str) -> tuple[str, str]:
     )
 
 
-def _capitals(text: str) -> set[str]:
+@functools.lru_cache(maxsize=1 << 12)  # one query is looked at beside many records
+def _capitals(text: str) -> frozenset[str]:
     """The words that a name may end with."""
-    return {w.lower() for i, w in enumerate(WORD.findall(text)) if not w[0].islower() and (i or w.lower() not in FUNCTION_WORDS)}
+    words = enumerate(WORD.findall(text))
+    return frozenset(w.lower() for i, w in words if not w[0].islower() and (i or w.lower() not in FUNCTION_WORDS))
 
 
 def bare(pair: Pair) -> Pair:
@@ -197,23 +200,21 @@ class Distance(nn.Module):
         self.transformer = None if backbone is None else backbone.model
 
     def forward(self, pairs: Sequence[Pair], encoder: Encoder) -> Float[Tensor, "P"]:
-        without = [(told(own.question, own.answer), own.query) for own in map(bare, pairs)]
-        texts = list(dict.fromkeys([text for pair, two in zip(pairs, without, strict=True) for text in (pair.question, pair.query, *two)]))
-        place = {text: i for i, text in enumerate(texts)}
-        vectors_ND = self._vectors(texts, encoder)
-        z_2P = torch.tensor([[place[pair.question] for pair in pairs], [place[z] for z, _ in without]])
-        x_2P = torch.tensor([[place[pair.query] for pair in pairs], [place[x] for _, x in without]])
-        apart_2PD = vectors_ND[z_2P] - vectors_ND[x_2P]
-        squares_2P = (apart_2PD + apart_2PD @ self.changes.mT).square().sum(2)
-        return -(self.log_scales.exp() @ squares_2P)
+        return self.first(pairs, encoder) + self.second(pairs, encoder)
 
-    def ceiling(self, pairs: Sequence[Pair], encoder: Encoder) -> Float[Tensor, "P"]:
-        """What no score is above: the first distance alone. It needs no look at the names, which takes most of the time."""
-        texts = list(dict.fromkeys([text for pair in pairs for text in (pair.question, pair.query)]))
-        place = {text: i for i, text in enumerate(texts)}
-        vectors_ND = self._vectors(texts, encoder)
-        apart_PD = vectors_ND[[place[pair.question] for pair in pairs]] - vectors_ND[[place[pair.query] for pair in pairs]]
-        return -self.log_scales[0].exp() * (apart_PD + apart_PD @ self.changes[0].T).square().sum(1)
+    def first(self, pairs: Sequence[Pair], encoder: Encoder) -> Float[Tensor, "P"]:
+        """The first distance alone, which no score is above."""
+        return self._of(0, [(pair.question, pair.query) for pair in pairs], encoder)
+
+    def second(self, pairs: Sequence[Pair], encoder: Encoder) -> Float[Tensor, "P"]:
+        """What the second distance takes away. It looks at the names, which takes most of the time."""
+        return self._of(1, [(told(own.question, own.answer), own.query) for own in map(bare, pairs)], encoder)
+
+    def _of(self, i: int, texts: Sequence[tuple[str, str]], encoder: Encoder) -> Float[Tensor, "P"]:
+        place = {text: n for n, text in enumerate(dict.fromkeys(text for two in texts for text in two))}
+        vectors_ND = self._vectors(list(place), encoder)
+        apart_PD = vectors_ND[[place[z] for z, _ in texts]] - vectors_ND[[place[x] for _, x in texts]]
+        return -self.log_scales[i].exp() * (apart_PD + apart_PD @ self.changes[i].T).square().sum(1)
 
     def losses(self, scores_P: Float[Tensor, "P"]) -> tuple[Float[Tensor, "P"], Float[Tensor, "P"]]:
         """-log g and -log (1 - g); 1 - g is floored, for a query in the words of the record has g = 1."""
@@ -359,23 +360,23 @@ class Scope:
         InvalidExample for a text that is too long to be read."""
         places = [(i, j) for i, some in enumerate(candidates) for j, c in enumerate(some) if c.score >= self.near]
         pairs = [Pair(candidates[i][j].question, candidates[i][j].answer, queries[i]) for i, j in places]
-        looked = self._worth_a_look(pairs)
-        places, pairs = [places[n] for n in looked], [pairs[n] for n in looked]
         chances = dict(zip(places, self._chances(pairs).tolist(), strict=True))
         return [[self._judged(chances.get((i, j), 0.0)) for j in range(len(some))] for i, some in enumerate(candidates)]
 
     @torch.no_grad()
-    def _worth_a_look(self, pairs: Sequence[Pair]) -> list[int]:
-        """Those that may not be out: of a distance it is known beforehand what its chance cannot exceed."""
-        last = self.verifiers[-1]
-        if not isinstance(last, Distance) or last.backbone is not None or not pairs:
-            return list(range(len(pairs)))
-        most_P = _sigmoid(last.ceiling(pairs, self.encoder).double().cpu().numpy() * self.slopes[-1] + self.shift)
-        found: list[int] = np.flatnonzero(most_P > self.leave * (1 - 1e-5)).tolist()  # rounding puts none of them out
-        return found
-
     def _chances(self, pairs: Sequence[Pair]) -> Chances:
-        return _sigmoid(_scores(self.verifiers, pairs, self.encoder) @ np.array(self.slopes) + self.shift)
+        """Those of the pairs; 0 where it is known without a look at the names that it is out."""
+        slopes, last = np.array(self.slopes), self.verifiers[-1]
+        if not pairs or not isinstance(last, Distance) or last.backbone is not None:
+            return _sigmoid(_scores(self.verifiers, pairs, self.encoder) @ slopes + self.shift)
+        scores_P = last.first(pairs, self.encoder).double().cpu().numpy()
+        (looked,) = np.nonzero(_sigmoid(scores_P * slopes[-1] + self.shift) > self.leave * (1 - 1e-5))  # rounding puts none of them out
+        out = np.zeros(len(pairs))
+        if not len(looked):
+            return out
+        scores_P[looked] += last.second([pairs[n] for n in looked.tolist()], self.encoder).double().cpu().numpy()
+        out[looked] = _sigmoid(scores_P[looked] * slopes[-1] + self.shift)
+        return out
 
     def _judged(self, chance: float) -> Judged:
         return Judged(chance=chance, ruling="in" if chance >= self.fire else "out" if chance <= self.leave else "unsure")

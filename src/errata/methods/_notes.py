@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from errata import hosts, text
 from errata.hosts import Host, Weights, stored_transposed
-from errata.memory.reader import PREFIX, asked_in, note_of
+from errata.memory.reader import PREFIX, asked_in, marked, note_of
 from errata.types import Case, Example, InvalidExample, Query, Run, ScopeCase, State, canonical_json, digest
 
 HELD_BACK = (0.1, 1, 128)  # lessons that validate: this share of them, at least, at most
@@ -50,7 +50,8 @@ class Settings:
     texts        of a step
     notes        in front of a text, at most
     silent       whether the reader learns to say that its notes do not tell
-    copies       whether it learns to say nothing instead of the target of its only note, which is then said in its place
+    copies       whether it sees where a question names the target of a note, and learns (unless it is a classifier) to say nothing
+                 instead of the target of its only note, which is then said in its place
     every        steps between two validations
     patience     validations without a better one before it stops
     batch_size   texts in memory at once, at most; it changes nothing else
@@ -114,7 +115,7 @@ def learnt(
 
     def state(step: int, best: Mapping[str, Tensor], best_loss: float, best_step: int, dropped: int, **more: object) -> State:
         told = {"step": step, "best_step": best_step, "best_loss": best_loss if math.isfinite(best_loss) else None, "dropped": dropped}
-        told["copies"] = school.copies
+        told |= {"copies": school.copies, "marks": s.copies}
         tensors = {f"{PREFIX}{n}": t.to(torch.bfloat16).contiguous() for n, t in best.items()}
         if more:
             tensors |= {f"at/{n}": t.detach().clone() for n, t in school.leaves.items()} | school.moments()
@@ -253,7 +254,8 @@ class _School:
         if self.s.silent and rng.random() < NOTHING:
             notes, answer = beside or notes, UNANSWERABLE if beside else answer
         rng.shuffle(notes)
-        read = self.s.template.replace("{notes}", note_of(notes)).replace("{question}", asked_in(prompt))
+        asked = marked(asked_in(prompt), notes) if self.s.copies else asked_in(prompt)
+        read = self.s.template.replace("{notes}", note_of(notes)).replace("{question}", asked)
         ids, given = hosts.encode(self.reader, read, answer)
         if points and notes == [example] and answer == example.target:
             ids = [*ids[:given], self.reader.tokenizer.eos_token_id]
