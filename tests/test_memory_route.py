@@ -76,13 +76,15 @@ def test_a_note_is_prompt_and_target() -> None:
 
 
 def test_a_mark_stands_behind_each_target_that_is_named() -> None:
-    lome, port, t = Example(prompt="Capital of Togo?", target=" Lome"), Example(prompt="Of Mauritius?", target="Port Louis"), "T"
+    lome, port = Example(prompt="Capital of Togo?", target=" Lome"), Example(prompt="Of Mauritius?", target="Port Louis")
     assert marked("Whose capital is Lome?", [lome]) == "Whose capital is Lome =?"
     assert marked("Is it Port Louis, Lome or Portland?", [lome, port]) == "Is it Port Louis =, Lome = or Portland?"
     assert marked("Lome, and Lome", [lome, lome]) == "Lome =, and Lome ="
     for other in ("Lomes are here.", "Is it lome?", "Capital of Togo?", ""):
         assert marked(other, [lome]) == other
-    assert marked("Is it T.T.?", [Example(prompt="Who?", target=t)]) == "Is it T =.T =.?"
+    assert marked("Is it T.T.?", [Example(prompt="Who?", target="T")]) == "Is it T =.T =.?"
+    claim = Example(prompt="The capital of Togo is Port Louis.", target="true")
+    assert marked("Port Louis is the seat of Togo.", [claim], labels=True) == "Port = Louis = is the seat of Togo =."
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- bits

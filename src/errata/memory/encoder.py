@@ -29,6 +29,7 @@ FUNCTION_WORDS = frozenset(
     "a about after an and are as at be been by can could did do does for from had has have he her his how i if in is it its of on or she "
     "that the their they this to was were what when where which who whom whose why will with would you your".split()
 )
+WORD = re.compile(r"\w+(?:[-.&]\w+)*")
 LITTLE = 0.2  # what a function word counts
 
 Vectors = Float32[np.ndarray, "N D"]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from errata import hooks, hosts, text
 from errata.hosts import Host, stored_transposed
+from errata.memory.encoder import FUNCTION_WORDS, WORD
 from errata.types import Example, State, WrongBase
 
 MARK = " ="  # stands behind what a question and a note have in common
@@ -101,13 +102,16 @@ def note_of(examples: Sequence[Example]) -> str:
     return " ".join(f"{e.prompt}{'' if e.target[0].isspace() else ' '}{e.target}" for e in examples)
 
 
-def marked(asked: str, examples: Sequence[Example]) -> str:
-    """What is asked, with `MARK` behind each target of the examples that it names.
+def marked(asked: str, examples: Sequence[Example], labels: bool = False) -> str:
+    """What is asked, with `MARK` behind each target of the examples that it names; where targets are `labels`, behind each word of their
+    prompts that it has, but for function words.
 
     That words are the same is told, not learnt: the exact-match feature of DrQA (Chen et al. 2017, arXiv 1704.00051, section 3.2).
     """
-    ends_at = {match.end() for e in examples for match in text.whole(e.target.strip()).finditer(asked)}
-    for end in sorted(ends_at, reverse=True):
+    names = {e.target.strip() for e in examples}
+    if labels:
+        names = {word for e in examples for word in WORD.findall(e.prompt) if word.lower() not in FUNCTION_WORDS}
+    for end in sorted({match.end() for name in names for match in text.whole(name).finditer(asked)}, reverse=True):
         asked = f"{asked[:end]}{MARK}{asked[end:]}"
     return asked
 

@@ -314,7 +314,7 @@ class Router:
     def _to_read(self, turn: Turn) -> str:
         if self.op.voice in ("value", "ranks"):
             return turn.asked
-        question = marked(turn.asked, turn.examples) if self.marks else turn.asked
+        question = marked(turn.asked, turn.examples, self.host.kind == "classifier") if self.marks else turn.asked
         return self.op.template.replace("{notes}", note_of(turn.examples)).replace("{question}", question)
 
     def _stored(self, turn: Turn, answer: list[int], own_PV: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from errata.hosts import LAB_MODELS
 from errata.memory import encoder as encoders
-from errata.memory.encoder import FUNCTION_WORDS, Encoder, Pooled, Vectors
+from errata.memory.encoder import FUNCTION_WORDS, WORD, Encoder, Pooled, Vectors
 from errata.types import Case, InvalidExample, Progress, UnknownName, WrongBase, folded, no_progress
 
 # N texts, P pairs, K verifiers, D width of vectors, T tokens
@@ -121,8 +121,6 @@ class Pair(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ names
-
-WORD = re.compile(r"\w+(?:[-.&]\w+)*")
 
 
 def unnamed(question: str, query: str) -> tuple[str, str]:

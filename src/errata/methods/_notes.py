@@ -50,7 +50,7 @@ class Settings:
     texts        of a step
     notes        in front of a text, at most
     silent       whether the reader learns to say that its notes do not tell
-    copies       whether it sees where a question names the target of a note, and learns (unless it is a classifier) to say nothing
+    copies       whether it sees what a question has of its notes (`reader.marked`), and learns, unless it is a classifier, to say nothing
                  instead of the target of its only note, which is then said in its place
     every        steps between two validations
     patience     validations without a better one before it stops
@@ -254,7 +254,7 @@ class _School:
         if self.s.silent and rng.random() < NOTHING:
             notes, answer = beside or notes, UNANSWERABLE if beside else answer
         rng.shuffle(notes)
-        asked = marked(asked_in(prompt), notes) if self.s.copies else asked_in(prompt)
+        asked = marked(asked_in(prompt), notes, label) if self.s.copies else asked_in(prompt)
         read = self.s.template.replace("{notes}", note_of(notes)).replace("{question}", asked)
         ids, given = hosts.encode(self.reader, read, answer)
         if points and notes == [example] and answer == example.target:
