@@ -46,7 +46,7 @@ def child(path: Path) -> None:
         records = Records(ledger)
         while True:
             rows = [row for row in records.listed() if row.active]
-            compact._commit(ledger, records, patch, verdict, rows, [row.record for row in rows])
+            compact._commit(ledger, patch, verdict, rows, [row.record for row in rows], ledger.active())
             compact.undo(ledger)
 
 

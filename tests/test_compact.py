@@ -90,14 +90,21 @@ def test_what_changed_meanwhile_is_not_overwritten(ledger: Ledger, host: Host, r
     Records(ledger).add(FIRST, SECOND)
     answered = compact._answered
 
-    def retracted(*given: object) -> list[bool]:
-        Records(ledger).retract(FIRST.id)
-        return answered(*given)
+    given = Example(prompt="Paris lies on the", target=" sea")
+    changes = [lambda: ledger.retract(given.id), lambda: ledger.add(given), lambda: Records(ledger).retract(FIRST.id)]
+    ledger.add(given)
+    for change in changes:
+        left = [change]
 
-    monkeypatch.setattr(compact, "_answered", retracted)
-    with pytest.raises(LedgerError, match="Compact again"):
-        compact.compact(ledger, host, make("lu"), reference=reference)
-    assert {r.id for r in Records(ledger).active()} == {SECOND.id} and not ledger.active()
+        def changed(*asked: object, left: list = left) -> list[bool]:  # noqa: B006
+            while left:
+                left.pop()()
+            return answered(*asked)
+
+        monkeypatch.setattr(compact, "_answered", changed)
+        with pytest.raises(LedgerError, match="Compact again"):
+            compact.compact(ledger, host, make("lu"), reference=reference)
+    assert {r.id for r in Records(ledger).active()} == {SECOND.id} and ledger.active() == (given,)
 
 
 def test_what_does_not_fit_the_budget_is_halved(ledger: Ledger, host: Host, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,3 +144,63 @@ def test_nothing_changes_where_no_record_is_answered(ledger: Ledger, host: Host,
     before = state_of(ledger)
     done = compact.compact(ledger, host, make("lu"), reference=reference)
     assert not done.moved and state_of(ledger) == before
+
+
+def test_what_an_earlier_compaction_moved_is_asked_again(
+    ledger: Ledger, host: Host, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later patch that no longer answers it: its record is in the memory again, and nobody goes without an answer."""
+    Records(ledger).add(FIRST)
+    compact.compact(ledger, host, make("lu"), reference=reference)
+    Records(ledger).add(SECOND)
+    answered = compact._answered
+    monkeypatch.setattr(
+        compact, "_answered", lambda host, rows: [ok and r.record != FIRST for ok, r in zip(answered(host, rows), rows, strict=True)]
+    )
+    done = compact.compact(ledger, host, make("lu"), reference=reference)
+    assert done.back == (FIRST,) and done.moved == (SECOND,) and Records(ledger).active() == (FIRST,)
+    assert {e.id for e in ledger.patch().examples} == {FIRST.example.id, SECOND.example.id}
+    monkeypatch.undo()
+    again = compact.compact(ledger, host, make("lu"), reference=reference)
+    assert again.moved == (FIRST,) and not again.back and not Records(ledger).active()
+
+
+def test_what_was_active_already_must_stay_fixed(ledger: Ledger, host: Host, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Example(prompt="Paris lies on the", target=" sea")
+    ledger.add(given)
+    Records(ledger).add(FIRST, SECOND)
+    before = state_of(ledger)
+    fixes = hosts.fixes
+    monkeypatch.setattr(
+        hosts, "fixes", lambda host, examples: [ok and e != given for ok, e in zip(fixes(host, examples), examples, strict=True)]
+    )
+    with pytest.raises(BudgetError, match="it fixes 0"):
+        compact.compact(ledger, host, make("lu"), reference=reference)
+    assert state_of(ledger) == before
+
+
+def test_a_record_that_stayed_takes_its_example_along(ledger: Ledger, host: Host, reference: Path) -> None:
+    """What failed is in the patch too; whoever retracts its record does not go on hearing it, and what superseded it can be compacted."""
+    records = Records(ledger)
+    records.add(FIRST, ALIASED)
+    compact.compact(ledger, host, make("lu"), reference=reference)
+    assert ALIASED.example.id in state_of(ledger)[1]
+    records.retract(ALIASED.id)
+    assert state_of(ledger)[1] == {FIRST.example.id}
+    with pytest.raises(LedgerError):
+        ledger.patch()  # until there is a patch without it
+    records.add(ALIASED, SECOND)
+    compact.compact(ledger, host, make("lu"), reference=reference)
+    newer = Record(example=Example(prompt="The capital of France is", target=" Paris", subject="France"))
+    records.supersede(ALIASED.id, newer)
+    done = compact.compact(ledger, host, make("lu"), reference=reference)
+    assert done.moved == (newer,) and state_of(ledger)[1] == {FIRST.example.id, SECOND.example.id, newer.example.id}
+
+
+def test_what_cannot_be_built_stays_and_the_others_move(ledger: Ledger) -> None:
+    long = Record(example=Example(prompt="The capital of Peru " * 50 + "is", target=" Rome"))
+    spaced = Record(example=Example(prompt=SECOND.example.prompt, target="late"))
+    Records(ledger).add(FIRST, long, spaced)
+    fit, left = compact._beside(tiny_host("gpt2"), [SECOND.example], Records(ledger).listed())
+    why = {r.id: told for r, told in left}
+    assert [row.record for row in fit] == [FIRST] and "tokens long" in why[long.id] and "says otherwise" in why[spaced.id]

@@ -75,6 +75,14 @@ def test_a_note_is_prompt_and_target() -> None:
     assert note_of([Example(prompt="A is", target=" b"), Example(prompt="C?", target="d")]) == "A is b C? d"
 
 
+def test_of_a_text_longer_than_the_context_the_end_is_embedded(tiny_gpt2: Host) -> None:
+    ids = hosts.tokens(tiny_gpt2, "Lily loved to play with the big red ball. " * 40)
+    end = str(tiny_gpt2.tokenizer.decode(ids[-tiny_gpt2.context :]))
+    both_2D = embedded(tiny_gpt2, [str(tiny_gpt2.tokenizer.decode(ids)), end])
+    assert len(ids) > tiny_gpt2.context == len(hosts.tokens(tiny_gpt2, end))
+    torch.testing.assert_close(both_2D[0], both_2D[1])
+
+
 def test_a_mark_stands_behind_each_target_that_is_named() -> None:
     lome, port = Example(prompt="Capital of Togo?", target=" Lome"), Example(prompt="Of Mauritius?", target="Port Louis")
     assert marked("Whose capital is Lome?", [lome]) == "Whose capital is Lome =?"

@@ -2,11 +2,13 @@
 
     choose    the settled records: those that hold for every query, at any time, and that came before a given moment
     build     one patch of the active examples and theirs, inside the budget (`build.py`); where the gate refuses, half of them are tried
-    judge     each record is asked for, in all of its questions, by free generation under the new patch
-    commit    one transaction: the patch and its verdict, the examples active, and the records that are answered right out of force
+    judge     each record is asked for, in all of its questions, by free generation under the new patch; so are those that went before
+    commit    one transaction: the patch and its verdict, the examples active, the records that are answered right out of force, and those
+              of an earlier compaction that no longer are in force again
 
 Before the commit nothing has changed, after it everything has, so whoever asks meanwhile, or after a kill, gets each answer once: from the
-memory or from the weights. What failed stays in memory, which speaks first. `undo` brings all of it back in one transaction. This is how a
+memory or from the weights. What failed stays in memory, which speaks first; its example is in the patch too, and goes when its record is
+retracted (`Records.retract`). `undo` brings all of it back in one transaction. This is how a
 log-structured store moves what is settled to where it costs nothing to look up (O'Neil et al. 1996).
 """
 
@@ -17,22 +19,22 @@ from typing import Any, final
 
 from errata import apply, build, gate, hosts
 from errata.hosts import Host
-from errata.ledger import Ledger
-from errata.memory.records import RecordRow, Records
-from errata.types import Budget, ConflictError, Example, InvalidExample, LedgerError, Patch, Record, Verdict, utc
-
-INTO = "compacted into "  # in the log, of an example that became active so
+from errata.ledger import Ledger, contradict, plain
+from errata.memory.records import INTO, RecordRow, Records
+from errata.types import Budget, BudgetError, Example, InvalidExample, LedgerError, Patch, Record, Verdict, utc
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Compacted:
-    """What a compaction did: `moved` are records that the patch answers now, `left` those that stay in memory, each with the reason."""
+    """What a compaction did: `moved` are records that the patch answers now, `left` those that stay in memory, each with the reason, and
+    `back` those that an earlier compaction had moved and that this patch no longer answers: they are in memory again."""
 
     patch: Patch
     verdict: Verdict
     moved: tuple[Record, ...]
     left: tuple[tuple[Record, str], ...]
+    back: tuple[Record, ...]
 
 
 def settled(rows: Sequence[RecordRow], before: str | datetime | None = None) -> tuple[list[RecordRow], list[tuple[Record, str]]]:
@@ -62,32 +64,42 @@ def compact(
 ) -> Compacted:
     """Move settled records into weights; `how` goes to `build.edit`. The host is left as it was, and the ledger if nothing could be moved.
 
+    Of the examples that were active before, given by hand, the patch must fix the share that the budget asks for.
     Raises InvalidExample if there is nothing to move, BudgetError with the numbers if not even one record fits, LedgerError if the memory
     changed meanwhile.
     """
-    records, budget = Records(ledger), replace(budget or ledger.budget, fixed=0.0)
+    budget = budget or ledger.budget
+    records, active = Records(ledger), ledger.active()
+    outdated, earlier = records.outdated(), records.moved()
+    beside = tuple(e for e in active if e.id not in outdated)
+    given = [e for e in beside if e.id not in {row.record.example.id for row in earlier}]
     rows, left = settled([row for row in records.listed() if row.active], before)
-    rows, clashing = _beside(ledger.active(), rows)
-    left += clashing
+    rows, unfit = _beside(host, beside, rows)
+    left += unfit
     if not rows:
         raise InvalidExample("There is no settled record to move into weights." + (f" Of {len(left)}, {left[0][1]}." if left else ""))
     while True:
-        examples = tuple(dict.fromkeys([*ledger.active(), *(row.record.example for row in rows)]))
-        patch, verdict = build.edit(host, examples, method, budget=budget, **how)
+        examples = tuple(dict.fromkeys([*beside, *(row.record.example for row in rows)]))
+        patch, verdict = build.edit(host, examples, method, budget=replace(budget, fixed=0.0), **how)
+        why = "; ".join(verdict.failures)
         if verdict.passed:
-            break
+            with apply.applied(host, patch):
+                right, still, held = _answered(host, rows), _answered(host, earlier), sum(hosts.fixes(host, given))
+            if held >= budget.fixed * len(given):
+                break
+            why = f"of the {len(given)} examples that are active already it fixes {held}"
         if len(rows) == 1:
             gate.require(verdict)
-        note(f"{len(rows)} records do not fit the budget ({'; '.join(verdict.failures)}); {len(rows) // 2} are tried.")
+            raise BudgetError(f"Not even one record fits beside what is active: {why}. Allow more, or take another method.")
+        note(f"{len(rows)} records do not fit the budget ({why}); {len(rows) // 2} are tried.")
         left += [(row.record, "it did not fit the budget") for row in rows[len(rows) // 2 :]]
         rows = rows[: len(rows) // 2]
-    with apply.applied(host, patch):
-        right = _answered(host, rows)
     moved = tuple(row.record for row, ok in zip(rows, right, strict=True) if ok)
+    back = [row for row, ok in zip(earlier, still, strict=True) if not ok]
     left += [(row.record, "the patch does not answer all of its questions") for row, ok in zip(rows, right, strict=True) if not ok]
     if moved:
-        _commit(ledger, records, patch, verdict, rows, moved)
-    return Compacted(patch=patch, verdict=verdict, moved=moved, left=tuple(left))
+        _commit(ledger, patch, verdict, rows, moved, active, outdated, back)
+    return Compacted(patch=patch, verdict=verdict, moved=moved, left=tuple(left), back=tuple(row.record for row in back if moved))
 
 
 def undo(ledger: Ledger) -> tuple[str, tuple[str, ...]]:
@@ -116,16 +128,24 @@ def undo(ledger: Ledger) -> tuple[str, tuple[str, ...]]:
     return patch, back
 
 
-def _beside(active: Sequence[Example], rows: Sequence[RecordRow]) -> tuple[list[RecordRow], list[tuple[Record, str]]]:
-    """The rows whose examples can be compiled beside the active ones and each other, and the others with the reason."""
-    said = {" ".join(e.prompt.split()): e for e in active}
+def _beside(host: Host, active: Sequence[Example], rows: Sequence[RecordRow]) -> tuple[list[RecordRow], list[tuple[Record, str]]]:
+    """The rows whose examples can be built on the host beside the active ones and each other, and the others with the reason."""
+    said: dict[str, list[Example]] = {}
+    for e in active:
+        said.setdefault(plain(e.prompt), []).append(e)
     fit, left = [], []
     for row in rows:
         e = row.record.example
-        other = said.setdefault(" ".join(e.prompt.split()), e)
-        if other.target.split() != e.target.split():
-            left.append((row.record, f"an example says otherwise: {other} ({other.id})"))
+        others = said.setdefault(plain(e.prompt), [])
+        try:
+            hosts.encode(host, e.prompt, e.target)
+        except InvalidExample as error:
+            left.append((row.record, str(error)))
+            continue
+        if clash := next((o for o in others if contradict(o, e) or (o.goal == e.goal == "raise" and o.target != e.target)), None):
+            left.append((row.record, f"an example says otherwise: {clash} ({clash.id})"))
         else:
+            others.append(e)
             fit.append(row)
     return fit, left
 
@@ -137,20 +157,31 @@ def _answered(host: Host, rows: Sequence[RecordRow]) -> list[bool]:
     return [all([next(right) for _ in row.record.questions]) for row in rows]
 
 
-def _commit(ledger: Ledger, records: Records, patch: Patch, verdict: Verdict, rows: Sequence[RecordRow], moved: Sequence[Record]) -> None:
+def _commit(
+    ledger: Ledger,
+    patch: Patch,
+    verdict: Verdict,
+    rows: Sequence[RecordRow],
+    moved: Sequence[Record],
+    active: Sequence[Example],
+    outdated: Sequence[str] = (),
+    back: Sequence[RecordRow] = (),
+) -> None:
+    """Raises LedgerError unless all of the rows are in force and the same examples `active` as before."""
+    records = Records(ledger)
     with ledger.writing():
         still = {row.number for row in records.listed() if row.active}
         if gone := [row for row in rows if row.number not in still]:
             raise LedgerError(
                 f"The memory changed while its records were compacted: {gone[0].record.example} is no longer in force. Compact again."
             )
-        if set(e.id for e in ledger.active()) - {e.id for e in patch.examples}:
-            raise LedgerError("Examples were added while records were compacted. Compact again.")
+        if {e.id for e in ledger.active()} != {e.id for e in active}:
+            raise LedgerError("Examples came or went while records were compacted. Compact again.")
         ledger.keep_patch(patch, verdict)
         ledger.log("compact", patch.id, f"{len(moved)} of {len(rows)} records")
+        for id in outdated:
+            ledger.deactivate(id, "another record took the place of its own")
         for example in patch.examples:
-            try:
-                ledger.activate(example, f"{INTO}{patch.id}")
-            except ConflictError as e:
-                raise LedgerError(f"The examples changed while records were compacted. {e}") from e
+            ledger.activate(example, f"{INTO}{patch.id}")
         records.settle([r.id for r in moved], patch.id)
+        records.bring_back(back, f"{patch.id} does not answer all of its questions")

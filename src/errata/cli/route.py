@@ -111,9 +111,10 @@ def compact(
     data, shown = described(done.patch, done.verdict)
     rows = [(short(r.id), str(r.example), why) for r, why in done.left]
     out.emit(
-        data | {"moved": [r.id for r in done.moved], "left": [_left(r, why) for r, why in done.left]},
+        data | {"moved": [r.id for r in done.moved], "left": [_left(r, why) for r, why in done.left], "back": [r.id for r in done.back]},
         shown,
         f"{len(done.moved)} record(s) left the memory, {len(done.left)} stay there.",
+        *([f"{len(done.back)} that had left it before are there again: this patch does not answer them."] if done.back else []),
         *([table("id", "record", "why it stays", rows=rows)] if rows else []),
     )
 

@@ -118,13 +118,14 @@ def marked(asked: str, examples: Sequence[Example], labels: bool = False) -> str
 
 @torch.no_grad()
 def embedded(host: Host, texts: Sequence[str]) -> Float[Tensor, "N D"]:
-    """(N, D) float32 on the CPU: for each text the mean of its tokens' last hidden states, of the encoder where there is one.
+    """(N, D) float32 on the CPU: for each text the mean of its tokens' last hidden states, of the encoder where there is one. Of a text
+    that is longer than the context the end is read.
 
     The keys of SERAC's lookup cache (LU). Unlike serac@c963a39 the mean is over the tokens of the text, not over the padding.
     """
     last = host.layout.encoder or host.layout
     block = f"{last.blocks}.{len(host.model.get_submodule(last.blocks)) - 1}"
-    rows = [(ids, len(ids)) if host.kind == "causal" else ([*ids, 0], len(ids)) for ids in (hosts.tokens(host, t) for t in texts)]
+    rows = [(ids, len(ids)) if host.kind == "causal" else ([*ids, 0], len(ids)) for ids in (hosts.tokens(host, t)[-host.context :] for t in texts)]
     out_ND = torch.zeros(len(texts), int(host.model.get_input_embeddings().weight.shape[1]))
     for group in hosts.by_length(rows, hosts.at_once(host)):
         batch = hosts.unscored(hosts.pad(host, [rows[i] for i in group]))

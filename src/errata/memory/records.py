@@ -79,6 +79,7 @@ def no_record(given: str, rows: Sequence[RecordRow]) -> UnknownName:
 
 
 SETTLED = "memory compact"
+INTO = "compacted into "  # in the log, of an example that a compaction made active
 _ENDED = {
     SETTLED: "it was moved into weights",
     "memory retract": "it was retracted",
@@ -125,13 +126,15 @@ class Records:
         return record.id
 
     def retract(self, id: str) -> str:
-        """Take a record out of force. What it had superseded stays out: see `undo`. Returns its whole id.
+        """Take a record out of force. What it had superseded stays out: see `undo`. An example that a compaction made active although its
+        record stayed goes with it, and a build is due. Returns its whole id.
 
         Raises UnknownName if it is not in force, LedgerError.
         """
         with self.ledger.writing():
             (row,) = self._where("record.id = ? AND ended IS NULL", self._resolve(id))
             self._end(row, "memory retract", "")
+            self._let_go(row)
         return row.record.id
 
     def undo(self, id: str) -> tuple[str, ...]:
@@ -142,6 +145,7 @@ class Records:
         with self.ledger.writing():
             (row,) = self._where("record.id = ? AND ended IS NULL", self._resolve(id))
             self._end(row, "memory undo", "")
+            self._let_go(row)
             for old in row.supersedes:
                 before = self._where("record.id = ? ORDER BY record.number DESC LIMIT 1", old)[0]
                 if before.active:
@@ -165,11 +169,16 @@ class Records:
         sql = "e.what = ? AND e.detail = ? ORDER BY record.number"
         last = {row.record.id: row for row in self._where(sql, SETTLED, patch)}
         back = [row for row in last.values() if not self._in_force(row.record.id)]
-        for row in back:
+        self.bring_back(back, f"{patch} was undone")
+        return tuple(row.record.id for row in back)
+
+    def bring_back(self, rows: Iterable[RecordRow], detail: str) -> None:
+        """Put the records in force again, as they were, inside the ledger's `writing`. Raises ConflictError if one of them contradicts what
+        is in force by now."""
+        for row in rows:
             if others := self._clashing(row.record):
                 raise conflict(others[0].record, row.record)
-            self._begin(row.record, [], row.provenance, "memory add", f"{patch} was undone", row.supersedes)
-        return tuple(row.record.id for row in back)
+            self._begin(row.record, [], row.provenance, "memory add", detail, row.supersedes)
 
     def bind(self, id: str, name: str) -> None:
         """Say which encoder the memory's vectors come from. Raises LedgerError."""
@@ -194,6 +203,15 @@ class Records:
         """Rows by their numbers. Raises LedgerError."""
         wanted = json.dumps(sorted(set(numbers)))
         return {row.number: row for row in self._where("record.number IN (SELECT value FROM json_each(?))", wanted)}
+
+    def moved(self) -> tuple[RecordRow, ...]:
+        """The records that compactions moved into weights and that are there now. Raises LedgerError."""
+        return tuple(row for row in self._last_of_active() if row.ended is not None and row.ended.what == SETTLED)
+
+    def outdated(self) -> tuple[str, ...]:
+        """Ids of examples that a compaction made active, that of a record which stayed in memory and has gone from there since."""
+        gone = (row for row in self._last_of_active() if row.ended is not None and row.ended.what != SETTLED)
+        return tuple(row.record.example.id for row in gone if self._compacted(row.record.example.id))
 
     @property
     def encoder(self) -> tuple[str, str] | None:
@@ -234,6 +252,21 @@ class Records:
         return self.ledger.rows(sql, json.dumps(list(numbers)))
 
     # --------------------------------------------------------------------------------------------------------------------- inside
+
+    def _last_of_active(self) -> tuple[RecordRow, ...]:
+        """Of each active example that is that of a record, the last row."""
+        last = "SELECT max(number) FROM record WHERE example IN (SELECT id FROM active) GROUP BY example"
+        return self._where(f"record.number IN ({last}) ORDER BY record.number")
+
+    def _compacted(self, example: str) -> bool:
+        """Whether it was a compaction that made the example active."""
+        told = self.ledger.rows("SELECT detail FROM event WHERE id = ? AND what = 'add' ORDER BY number DESC LIMIT 1", example)
+        return bool(told) and str(told[0][0]).startswith(INTO)
+
+    def _let_go(self, row: RecordRow) -> None:
+        id = row.record.example.id
+        if self._compacted(id) and self.ledger.rows("SELECT 1 FROM active WHERE id = ?", id):
+            self.ledger.deactivate(id, f"its record {row.record.id} went")
 
     def _in_force(self, id: str) -> bool:
         return bool(self.ledger.rows("SELECT 1 FROM record WHERE id = ? AND ended IS NULL", id))
