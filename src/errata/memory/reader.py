@@ -125,7 +125,10 @@ def embedded(host: Host, texts: Sequence[str]) -> Float[Tensor, "N D"]:
     """
     last = host.layout.encoder or host.layout
     block = f"{last.blocks}.{len(host.model.get_submodule(last.blocks)) - 1}"
-    rows = [(ids, len(ids)) if host.kind == "causal" else ([*ids, 0], len(ids)) for ids in (hosts.tokens(host, t)[-host.context :] for t in texts)]
+    rows = [
+        (ids, len(ids)) if host.kind == "causal" else ([*ids, 0], len(ids))
+        for ids in (hosts.tokens(host, t)[-host.context :] for t in texts)
+    ]
     out_ND = torch.zeros(len(texts), int(host.model.get_input_embeddings().weight.shape[1]))
     for group in hosts.by_length(rows, hosts.at_once(host)):
         batch = hosts.unscored(hosts.pad(host, [rows[i] for i in group]))
