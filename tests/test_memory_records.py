@@ -268,9 +268,9 @@ def test_whatever_is_done_a_question_has_one_answer(steps: list[tuple[str, int, 
             assert len(prompts) == len(set(prompts))
             # an index that follows the log step by step holds what one holds that begins now
             moment = made.moment()[0]
-            followed = followed.difference(made.went(followed_to)) | {n for n, _ in made.came(followed_to, moment)}
+            followed = followed.difference(made.went(followed_to)) | {n for n, *_ in made.came(followed_to, moment)}
             followed_to = moment
-            assert followed == {n for n, _ in made.came(0, moment)}
+            assert followed == {n for n, *_ in made.came(0, moment)}
         assert ledger.verify() == []
 
 

@@ -26,7 +26,7 @@ from errata.types import LedgerError, MissingExtra, WrongBase
 EXACT = 50_000  # up to so many are compared one by one
 TAIL = 4_096  # so many newcomers stand beside a graph before it is extended
 GONE = 0.2  # share of the graph that may be skipped before it is made anew
-FORMAT = "errata-index-1"
+FORMAT = "errata-index-2"  # 1 had one key for each question
 CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 16, 64, 768  # M, efConstruction and ef of the paper; see docs/log.md
 
 Numbers = Int64[np.ndarray, "N"]

@@ -234,9 +234,10 @@ class Records:
         """Whether `moment` once was that of this ledger."""
         return self.ledger.rows("SELECT at || ' ' || id FROM event WHERE number = ?", number) == [(name,)]
 
-    def came(self, after: int, upto: int) -> list[tuple[int, str]]:
-        """Numbers and texts of the questions that came into force after one event, with another one at the latest, and still are."""
-        sql = """SELECT question.number, text FROM record JOIN question ON question.record = record.number
+    def came(self, after: int, upto: int) -> list[tuple[int, str, str]]:
+        """(number, text, answer) of the questions that came into force after one event, with another one at the latest, and still are."""
+        sql = """SELECT question.number, text, json_extract(content, '$.target') FROM record
+                 JOIN question ON question.record = record.number JOIN example ON example.id = record.example
                  WHERE begun > ? AND begun <= ? AND ended IS NULL ORDER BY question.number"""
         return self.ledger.rows(sql, after, upto)
 

@@ -1,7 +1,7 @@
 """SharedMemory: the same memory on Postgres with pgvector, for several servers that read and write it together.
 
 What EditMemory keeps in a ledger, with its rules: the records in one table, for each of those in force its questions with their vectors in
-another, under a graph of pgvector (HNSW, Malkov & Yashunin 2016, arXiv 1603.09320; float16). A record and its vectors are written in one
+another, a row for each key, under a graph of pgvector (HNSW, Malkov & Yashunin 2016, arXiv 1603.09320; float16). A record and its vectors are written in one
 transaction, so nothing has to be brought up to date. Whoever writes waits for who is writing: two servers cannot each add half of a
 contradiction. A memory is a schema of the database; it belongs to one encoder.
 
@@ -21,7 +21,7 @@ from errata.ledger import Event
 from errata.memory.encoder import Encoder
 from errata.memory.index import CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH
 from errata.memory.records import SHORTEST, Clash, RecordRow, clash, conflict, no_record
-from errata.memory.store import Hit, now
+from errata.memory.store import Hit, keys, now
 from errata.types import ConflictError, LedgerError, MissingExtra, Record, UnknownName, WrongBase, canonical_json, folded, utc
 
 VERSION = 1
@@ -50,7 +50,7 @@ CREATE TABLE record (            -- a row for each time that a record came into 
 );
 CREATE UNIQUE INDEX record_in_force ON record (id) WHERE ended IS NULL;
 CREATE INDEX record_id ON record (id COLLATE "C");
-CREATE TABLE question (          -- of the records in force
+CREATE TABLE question (          -- of the records in force, a row for each key
     record     bigint NOT NULL REFERENCES record,
     text       text NOT NULL,
     folded     text NOT NULL,
@@ -171,7 +171,7 @@ class SharedMemory:
     def nearest(self, vector: np.ndarray, k: int = 8, *, tags: Iterable[str] = (), at: str | datetime | None = None) -> tuple[Hit, ...]:
         """As `EditMemory.nearest`. Raises LedgerError."""
         moment = now() if at is None else utc(at)
-        values = {"q": _literal(vector), "tags": list(tags), "moment": moment, "k": k, "fetch": 2 * k}
+        values = {"q": _literal(vector), "tags": list(tags), "moment": moment, "k": k, "fetch": 4 * k}
         with self._reading() as db:
             db.execute(f"SET LOCAL hnsw.ef_search = {EXPANSION_SEARCH}")
             db.execute("SET LOCAL hnsw.iterative_scan = strict_order")  # goes on where a tag or a time leaves too few
@@ -247,8 +247,9 @@ class SharedMemory:
             raise LedgerError(f"The memory {self.where} refuses: {_first(e)}. Mend that and try again.") from e
 
     def _vectors(self, records: Iterable[Record]) -> dict[str, str]:
-        """{question: its vector as pgvector reads it}."""
-        texts = list(dict.fromkeys(question for record in records for question in record.questions))
+        """{key: its vector as pgvector reads it}."""
+        pairs = [(question, record.example.target) for record in records for question in record.questions]
+        texts = list(dict.fromkeys(key for pair in pairs for key in keys(*pair)))
         return {text: _literal(row) for text, row in zip(texts, self.encoder.encode(texts), strict=True)}
 
     def _clashing(self, db: Any, record: Record) -> list[RecordRow]:
@@ -271,7 +272,8 @@ class SharedMemory:
         sql = "INSERT INTO record (id, content, tags, since, until, supersedes, provenance) VALUES (%s, %s, %s, %s, %s, %s, %s)"
         (number,) = db.execute(f"{sql} RETURNING number", values).fetchone()
         for text in record.questions:
-            db.execute("INSERT INTO question VALUES (%s, %s, %s, %s::halfvec)", (number, text, folded(text), vectors[text]))
+            for key in keys(text, record.example.target):
+                db.execute("INSERT INTO question VALUES (%s, %s, %s, %s::halfvec)", (number, text, folded(text), vectors[key]))
 
     def _end(self, db: Any, row: RecordRow, why: str, detail: str) -> None:
         sql = "UPDATE record SET ended = clock_timestamp(), why = %s, detail = %s WHERE number = %s"

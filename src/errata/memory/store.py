@@ -1,6 +1,7 @@
 """EditMemory: the records of a ledger, found by their vectors.
 
-    write   the questions are encoded and kept, then one transaction puts the record in force. A kill between the two leaves vectors that
+    keys    a question is found by what it asks, and by that with its answer, for what follows from a record may name the answer alone
+    write   the keys are encoded and kept, then one transaction puts the record in force. A kill between the two leaves vectors that
             nobody asks for.
     search  the index is first brought up to what the ledger holds now, so that nothing which is in force is missed and nothing which is not
             is found, whoever wrote it; then the nearest questions whose record holds at that moment and for those tags.
@@ -11,7 +12,7 @@ The memory belongs to one encoder from its first record on (`moved` takes it to 
 
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +24,9 @@ import numpy as np
 from errata.ledger import Ledger
 from errata.memory.encoder import Encoder
 from errata.memory.index import EXACT, TAIL, Index
+from errata.memory.reader import asked_in
 from errata.memory.records import Clash, RecordRow, Records
+from errata.memory.scope import told
 from errata.memory.vectors import BATCH, Cache
 from errata.types import LedgerError, MissingExtra, Record, WrongBase, utc
 
@@ -34,7 +37,7 @@ WIDEST = 4096  # questions that are looked through for those of a tag or a time,
 @final
 @dataclass(frozen=True, kw_only=True)
 class Hit:
-    """A record that a search found: `score` is the cosine of the query and the nearest of its questions, `question`."""
+    """A record that a search found: `score` is the cosine of the query and the nearest of its keys, `question` is whose that is."""
 
     row: RecordRow
     score: float
@@ -48,6 +51,12 @@ class Hit:
 def warn(sentence: str) -> None:
     """The `note` of whoever gives none."""
     warnings.warn(sentence, stacklevel=2)
+
+
+def keys(question: str, answer: str) -> tuple[str, str]:
+    """The texts that a record's question is found by."""
+    asked = asked_in(question)
+    return asked, told(asked, answer.strip())
 
 
 def now() -> str:
@@ -66,7 +75,7 @@ class EditMemory:
         self.records, self.encoder, self.note = Records(ledger), encoder, note
         self._check_encoder()
         self._cache = Cache(ledger.path / FOLDER / "vectors.sqlite", note)
-        self._index = Index(encoder.width, exact)
+        self._index = Index(encoder.width, 2 * exact)  # question n has the keys 2n and 2n + 1
         self._moment: tuple[int, str] | None = None  # up to where the index is complete; None: it was not read yet
         self._graph_moment: tuple[int, str] = (0, "")  # up to where its graph is, without the tail
         self._saved = 0  # how many the graph on the disk finds
@@ -92,12 +101,12 @@ class EditMemory:
     # -------------------------------------------------------------------------------------------------------------------- writing
 
     def add(self, *records: Record, clash: Clash = "refuse", provenance: str = "") -> list[str]:
-        """As `Records.add`. Raises InvalidExample besides, if a question is longer than the encoder's window."""
+        """As `Records.add`. Raises InvalidExample besides, if a question with its answer is longer than the encoder's window."""
         self._encode(records)
         return self.records.add(*records, clash=clash, provenance=provenance)
 
     def supersede(self, old: str, record: Record, provenance: str = "") -> str:
-        """As `Records.supersede`. Raises InvalidExample besides, if a question is longer than the encoder's window."""
+        """As `Records.supersede`. Raises InvalidExample besides, if a question with its answer is longer than the encoder's window."""
         self._encode([record])
         return self.records.supersede(old, record, provenance)
 
@@ -131,10 +140,10 @@ class EditMemory:
         """As `search`, for the vector (D,) of a query."""
         self.catch_up()
         moment, tags = now() if at is None else utc(at), frozenset(tags)
-        fetch = 2 * k
+        fetch = 4 * k
         while True:
             numbers, scores = self._index.search(vector, fetch)
-            found = self._holding(numbers.tolist(), scores.tolist(), moment, tags)
+            found = self._holding((numbers // 2).tolist(), scores.tolist(), moment, tags)
             if len(found) >= k or fetch >= len(self._index):
                 break
             fetch = 4 * fetch if 4 * fetch <= WIDEST else len(self._index)
@@ -177,11 +186,12 @@ class EditMemory:
 
     def _follow(self, after: int, upto: int) -> None:
         """Take out of the index what went after one event, and put in what came up to another."""
-        self._index.remove(np.array(self.records.went(after), dtype=np.int64))
+        self._index.remove(_of_questions(self.records.went(after)))
         came, folded = self.records.came(after, upto), self._fold()
         for at in range(0, len(came), BATCH):
-            numbers, texts = zip(*came[at : at + BATCH], strict=True)
-            self._index.add(np.array(numbers, dtype=np.int64), self._cache.of(self.encoder, texts))
+            part = came[at : at + BATCH]
+            texts = [key for _, question, answer in part for key in keys(question, answer)]
+            self._index.add(_of_questions([number for number, _, _ in part]), self._cache.of(self.encoder, texts))
             folded |= self._fold()  # in parts, so that a million rows do not stand in memory twice
         if folded and self._index.tail:
             self._index.fold()
@@ -224,7 +234,8 @@ class EditMemory:
 
     def _encode(self, records: Iterable[Record]) -> None:
         self._check_encoder(bind=True)
-        self._cache.of(self.encoder, [question for record in records for question in record.questions])
+        pairs = [(question, record.example.target) for record in records for question in record.questions]
+        self._cache.of(self.encoder, [key for pair in pairs for key in keys(*pair)])
 
     def _check_encoder(self, bind: bool = False) -> None:
         bound = self.records.encoder
@@ -240,17 +251,22 @@ class EditMemory:
 def moved(ledger: Ledger, encoder: Encoder, *, note: Callable[[str], None] = warn) -> None:
     """Take the memory of a ledger to another encoder: all its questions are encoded before anything changes.
 
-    Raises InvalidExample if one is longer than the encoder's window, LedgerError.
+    Raises InvalidExample if one is longer than the encoder's window with its answer, LedgerError.
     """
     records, folder = Records(ledger), ledger.path / FOLDER
     cache = Cache(folder / "vectors.sqlite", note)
     try:
-        cache.of(encoder, [text for _, text in records.came(0, records.moment()[0])])
+        cache.of(encoder, [key for _, *pair in records.came(0, records.moment()[0]) for key in keys(*pair)])
         records.bind(encoder.id, encoder.name)
     finally:
         cache.close()
     for old in folder.glob("graph-*"):
         old.unlink(missing_ok=True)
+
+
+def _of_questions(numbers: Sequence[int]) -> np.ndarray:
+    """The numbers of their keys, in order."""
+    return np.array([key for number in numbers for key in (2 * number, 2 * number + 1)], dtype=np.int64)
 
 
 def _concerns(scope: dict[str, list[str] | str | None], moment: str, tags: frozenset[str]) -> bool:
