@@ -38,6 +38,19 @@ def test_a_record_answers_from_the_next_question_on_and_no_longer_once_it_is_out
     ledger.close()
 
 
+def test_without_a_state_what_is_near_is_shown_and_does_not_answer(tmp_path: Path) -> None:
+    host = tiny_host("gpt2")
+    ledger, memory = memory_of(tmp_path, host)
+    memory.add(RECORD, Record(example=Example(prompt="Lily loved to", target=" play")))
+    with attached(host, memory) as router:
+        (same,) = router.found(["THE capital of  Mauritius is"])
+        (near,) = router.found(["The capital town of Mauritius is"])
+        assert not router.decide(["The capital town of Mauritius is"])[0].examples
+    assert near[0].example == RECORD.example and [f.ruling for f in near] == ["out", "out"]
+    assert (same[0].score, same[0].ruling) == (1.0, "in") and 0.5 < near[0].score < 0.999
+    ledger.close()
+
+
 def test_tags_and_times_are_those_of_the_question(tmp_path: Path) -> None:
     host = tiny_host("gpt2")
     ledger, memory = memory_of(tmp_path, host)

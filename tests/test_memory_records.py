@@ -161,7 +161,7 @@ APART = {
     "other question": (record(1), record(2)),
     "other tags": (record(1, tags=("a",)), record(1, " Elsewhere", tags=("b",))),
     "one after the other": (record(1, until="2026-02-01"), record(1, " Elsewhere", since="2026-02-01")),
-    "lowered besides": (record(1), Record(example=replace(fact(1, " Elsewhere"), goal="lower"))),
+    "preferred besides": (record(1), Record(example=replace(fact(1, " Elsewhere"), goal="prefer", contrast=" Nowhere"))),
 }
 
 
@@ -178,6 +178,12 @@ def test_a_contradiction_is_refused_or_superseded_as_asked(records: Records, whi
     records.add(record(7), second, clash="supersede")
     assert records.active() == (record(7), second)
     assert records.listed(second.id)[0].supersedes == (first.id,)
+
+
+def test_a_memory_can_only_say_the_target() -> None:
+    for goal, contrast in (("lower", None), ("balance", " Nowhere")):
+        with pytest.raises(InvalidExample, match=f"cannot {goal} it"):
+            Record(example=replace(fact(1), goal=goal, contrast=contrast))
 
 
 @pytest.mark.parametrize("which", APART)

@@ -400,6 +400,13 @@ def test_cross_does_not_depend_on_padding_and_reads_the_end_of_a_long_query(tmp_
         assert not torch.allclose(together[1:], verifier([long._replace(query=long.query + " Why?")], Hashed()), atol=1e-5)
     with pytest.raises(InvalidExample, match="leaves no room for a query in the 48"):
         verifier([Pair("x " * 60, "A", "Who?")], Hashed())
+    verifiers = (scopes.Distance(Hashed().width, None), verifier)
+    numbers = {"near": -1.0, "fire": 0.6, "leave": 0.4, "slopes": (0.0, 1.0), "shift": 0.0, "false_fires": 0.01}
+    scope = Scope(encoder=Hashed(), verifiers=verifiers, **numbers)
+    read, unread = (Candidate(question=q, answer="A", score=0.9) for q in ("Who?", "x " * 60))
+    ((first, second),) = scope.judge(["Who is it?"], [[read, unread]])
+    assert first == scope.judge(["Who is it?"], [[read]])[0][0] and first.chance > 0
+    assert second == scopes.Judged(chance=0.0, ruling="out")
 
 
 def test_a_finetuned_encoder_measures_its_own_distance(tmp_path: Path) -> None:

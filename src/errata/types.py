@@ -120,6 +120,7 @@ def canonical_json(value: object) -> str:
 Goal = Literal["raise", "lower", "prefer", "balance"]
 Ring = Literal["subject", "relation", "unrelated"]
 GOALS: tuple[Goal, ...] = get_args(Goal)
+ANSWERED: tuple[Goal, ...] = ("raise", "prefer")  # what an answer with the target does, which is all that a memory can do
 RINGS: tuple[Ring, ...] = get_args(Ring)
 
 
@@ -205,6 +206,10 @@ class Record:
     def __post_init__(self) -> None:
         if not isinstance(self.example, Example):
             raise InvalidExample(f"A record of the memory holds an example, got {type(self.example).__name__} {self.example!r}.")
+        if self.example.goal not in ANSWERED:
+            raise InvalidExample(
+                f"The memory answers with the target, so it cannot {self.example.goal} it ('{self.example}'). Build it into a patch instead."
+            )
         for name in ("aliases", "tags"):
             given = getattr(self, name)
             if isinstance(given, str):

@@ -46,7 +46,7 @@ def explain(
         | {"records": [_plain(f) for f in found]},
         f"What is asked: {asked}",
         table("score", "chance", "ruling", "record", rows=[_row(f) for f in found]),
-        f"{', '.join(f'{name} {number(value)}' for name, value in limits.items())}.",
+        f"{', '.join(f'{name} {number(value)}' for name, value in limits.items()) or 'In where the reader finds the answer in the notes'}.",
         f"Who answers: {route}{', with ' + ' and '.join(str(e) for e in turn.examples) if turn.examples else ''}.",
     )
 
@@ -54,7 +54,10 @@ def explain(
 def _limits(router: "Router") -> dict[str, float]:
     if router.scope is not None:
         return {"looked at from a cosine of": router.scope.near, "in from a chance of": router.scope.fire, "out up to": router.scope.leave}
-    return {"in below a distance of": router.op.bound}
+    if router.op.gate == "reader":
+        return {}
+    bound = router.op.bound
+    return {"in below a distance of": bound} if bound >= 0 else {"in, as the same words, above a cosine of": -bound}
 
 
 def _plain(found: "Found") -> dict[str, Any]:

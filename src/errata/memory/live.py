@@ -23,6 +23,9 @@ from errata.memory.store import Hit, warn
 from errata.types import LedgerError, Memory, Patch, State, WrongBase, folded
 
 
+SAME_WORDS = -0.999
+
+
 @runtime_checkable
 class Searched(Protocol):
     """What is needed of `store.EditMemory` and `shared.SharedMemory`."""
@@ -59,9 +62,8 @@ def attached(
             return [[] for _ in texts]
         if state is not None:
             return [[(hit.record.example, hit.question, hit.score) for hit in hits] for hits in found]
-        # as a distance: 0 where the words are the same
-        same = [[hit for hit in hits if folded(hit.question) == folded(text)] for text, hits in zip(texts, found, strict=True)]
-        return [[(hit.record.example, hit.question, 0.0) for hit in hits] for hits in same]
+        asked = zip(texts, found, strict=True)
+        return [[(h.record.example, h.question, _score(folded(h.question) == folded(text), h.score)) for h in hits] for text, hits in asked]
 
     if state is not None:
         if state.host not in (host.id, host.base_id):
@@ -79,10 +81,15 @@ def attached(
             apply.take_off(host)
 
 
+def _score(same: bool, cosine: float) -> float:
+    """As the distance -score: within `SAME_WORDS` where the words are the same."""
+    return 1.0 if same else min(cosine, -SAME_WORDS)
+
+
 def _speaking(host: Host, width: int, state: State | None) -> Patch:
     """A patch without examples: they are elsewhere."""
     owner = torch.zeros(0, dtype=torch.long)
-    op = Memory(weight=host.layout.head, vectors=torch.zeros(0, width), owner=owner, gate="distance", voice="stored", bound=1.0)
+    op = Memory(weight=host.layout.head, vectors=torch.zeros(0, width), owner=owner, gate="distance", voice="stored", bound=SAME_WORDS)
     if state is not None:
         said: dict[str, Any] = {n: state.config[n] for n in ("nearest", "notes", "template", "small", "soft") if n in state.config}
         op = replace(op, gate="scope", voice="note", state=state.id, **said)

@@ -354,12 +354,22 @@ class Scope:
     false_fires: float
 
     def judge(self, queries: Sequence[str], candidates: Sequence[Sequence[Candidate]]) -> list[list[Judged]]:
-        """For each query, what is to be thought of each of its candidates: a chance of 0 of those that are out without a look. Raises
-        InvalidExample for a text that is too long to be read."""
+        """For each query, what is to be thought of each of its candidates: a chance of 0 of those that are out without a look, and of those
+        that are too long to be read."""
         places = [(i, j) for i, some in enumerate(candidates) for j, c in enumerate(some) if c.score >= self.near]
         pairs = [Pair(candidates[i][j].question, candidates[i][j].answer, queries[i]) for i, j in places]
-        chances = dict(zip(places, self._chances(pairs).tolist(), strict=True))
+        try:
+            each = self._chances(pairs).tolist()
+        except InvalidExample:  # one is too long for the verifier; the others are judged
+            each = [self._readable(pair) for pair in pairs]
+        chances = dict(zip(places, each, strict=True))
         return [[self._judged(chances.get((i, j), 0.0)) for j in range(len(some))] for i, some in enumerate(candidates)]
+
+    def _readable(self, pair: Pair) -> float:
+        try:
+            return float(self._chances([pair])[0])
+        except InvalidExample:
+            return 0.0
 
     @torch.no_grad()
     def _chances(self, pairs: Sequence[Pair]) -> Chances:

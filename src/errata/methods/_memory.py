@@ -16,9 +16,8 @@ from errata.memory import scope as scopes
 from errata.memory.reader import asked_in, embedded
 from errata.memory.scope import Lesson, Scope
 from errata.methods._meta import finished
-from errata.types import Case, Example, InvalidExample, Memory, Patch, Run, ScopeCase, State
+from errata.types import ANSWERED, Case, Example, InvalidExample, Memory, Patch, Run, ScopeCase, State
 
-GOALS = ("raise", "prefer")  # what an answer can do for an example
 SCOPE = "scope/"  # of a state's tensors
 ASKED = 512  # of the text that holds still, at most, are measured
 SHARE = 0.5  # of the least distance
@@ -27,7 +26,7 @@ SHARE = 0.5  # of the least distance
 def requests(name: str, host: Host, examples: Sequence[Example]) -> None:
     """Raises InvalidExample for a goal that no answer reaches, or for an example that does not fit the host."""
     for e in examples:
-        if e.goal not in GOALS:
+        if e.goal not in ANSWERED:
             raise InvalidExample(f"{name} answers with the target, so it cannot {e.goal} it (example '{e}'). Take another method.")
         hosts.encode(host, e.prompt, e.target)
 
