@@ -168,6 +168,26 @@ def test_who_is_not_content_is_asked_before_others(tiny_gpt2: Host, monkeypatch:
     assert {i for turn in asked[30:] for i in turn} == set(range(9))
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_the_rate_and_the_multiplier_of_many_fall_later_and_sooner(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPatch, many: bool) -> None:
+    """Where examples take turns the first rate stays for six tenths of the steps, and lam falls as soon as a quarter of the ball is free."""
+    monkeypatch.setattr(_descend, "DRAWN", 2 if many else 99)
+    monkeypatch.setattr(_descend, "CHECK_EVERY", 5)
+    examples = tuple(Example(prompt=f"The capital of Mauritius {i} is", target=" Port Louis") for i in range(4))
+    descent = _descend.Descent(tiny_gpt2, examples, RUN, replace(SETTINGS, steps=20 if many else 40, restated=0, contexts=0, lam=100.0))
+    assert descent.settings.steps == 40
+    rates, lams = list[float](), list[float]()
+    monkeypatch.setattr(_descend.NovoGrad, "step", lambda self, rate: rates.append(rate))
+    monkeypatch.setattr(_descend, "_gradients", lambda descent, leaves, weights, lam: lams.append(lam) or 1.0)
+    monkeypatch.setattr(_descend.Descent, "cost", lambda self, weights, epsilon: 0.7 * epsilon)
+    monkeypatch.setattr(_descend.Descent, "search", lambda self, weights: None)
+    leaf = torch.zeros(1, requires_grad=True)
+    _descend.descend(descent, RUN, [leaf], lambda: {"w": leaf})
+    assert len(rates) == 40 and rates == [*sorted(rates[:5]), *sorted(rates[5:], reverse=True)]
+    assert len(set(rates[5:24])) == (1 if many else 19) and rates[-1] < 0.05 * rates[5]
+    assert (min(lams), max(lams)) == ((pytest.approx(100 / 1.2**7), 100.0) if many else (100.0, 100.0))
+
+
 def test_own_neighbours_and_held_text_state_no_edited_fact(tiny_gpt2: Host) -> None:
     descent = _descend.Descent(tiny_gpt2, [RAISE], RUN, SETTINGS)
     told = [tiny_gpt2.tokenizer.decode(ids) for ids, _ in descent.pool] + [d for look in descent.looks for d in look] + descent.prefixes

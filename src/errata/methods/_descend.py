@@ -46,7 +46,9 @@ PROMPTS = 8  # of each step, at least: where the examples are fewer, each is ask
 DRAWN = 256  # examples of each step, at most: where there are more, they take turns at random
 CHECK_EVERY = 16  # steps between two measurements of the constraint
 HURT = 0.3  # nats that a held row has lost when it counts as hurt
-LAM_STEP = 1.2  # what the multiplier rises by where the increase is over epsilon, and falls by where it is under half of it
+LAM_STEP = 1.2  # what the multiplier rises by where the increase is over epsilon, and falls by where it is under a share of it
+SLACK, SLACK_OF_MANY = 0.5, 0.75  # that share; of more than `DRAWN` examples, of which each comes seldom, less room is left unused
+FLAT = 0.6  # of the steps of a descent of so many go by before the rate falls
 EDGE = 1500  # documents on which the edge of the ball is sought, at least: the gate reads others, and more
 EACH = 20  # documents for each example, at least: the more is changed, the more may flip
 LOOKS = (150, 500, 1500, 4000)  # documents that it is measured on, never among those whose KL is minimised: no more of them than it takes
@@ -59,7 +61,7 @@ class Settings:
 
     steps       at most; of more than `DRAWN` examples that many for each `DRAWN`
     lr          length of the first step for one example, in the norm of each weight's change; sqrt(n) times that for n, and of more than
-                `DRAWN` less again by the root of how many more; falls as a cosine
+                `DRAWN` less again by the root of how many more; falls as a cosine, for so many in the last two fifths of the steps
     lam         first value of the multiplier
     contexts    up to so many documents of other matters stand before a prompt while it is learnt
     restated    up to so many other ways of asking for each example's fact, from the text that holds still (see `_restated.py`)
@@ -494,11 +496,12 @@ def descend(
     mean = _copies(leaves)
     lam, best, best_loss, recent, cost = settings.lam, origin, math.inf, 0.0, math.inf
     first = settings.lr * math.sqrt(min(len(descent.examples), DRAWN))  # each example of a step needs a direction of its own
+    flat, slack = (FLAT, SLACK_OF_MANY) if len(descent.examples) > DRAWN else (0.0, SLACK)
     for step in run.progress(range(settings.steps), "descending", settings.steps):
         loss = _gradients(descent, leaves, weights, lam)
         recent = 0.8 * recent + 0.2 * loss if step else loss
-        warm = min(1.0, (step + 1) / 5)
-        optimizer.step(first * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
+        warm, fallen = min(1.0, (step + 1) / 5), max(0.0, step / settings.steps - flat) / (1 - flat)
+        optimizer.step(first * warm * 0.5 * (1 + math.cos(math.pi * fallen)))
         for average, leaf in zip(mean, leaves, strict=True):
             average.lerp_(leaf.detach(), 1 - min(AVERAGE, (step + 1) / (step + 10)))
         if (step + 1) % descent.check_every == 0 or step + 1 == settings.steps:
@@ -510,7 +513,7 @@ def descend(
             if step + 1 < settings.steps:
                 descent.search(now)
             _put(leaves, current)
-            lam *= LAM_STEP if cost > epsilon else 1 / LAM_STEP if cost < epsilon / 2 else 1.0
+            lam *= LAM_STEP if cost > epsilon else 1 / LAM_STEP if cost < slack * epsilon else 1.0
             inside = cost <= epsilon
             if inside and recent < best_loss:
                 best, best_loss = [m.clone() for m in mean], recent
