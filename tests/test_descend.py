@@ -170,7 +170,7 @@ def test_who_is_not_content_is_asked_before_others(tiny_gpt2: Host, monkeypatch:
 
 @pytest.mark.parametrize("many", [False, True])
 def test_the_rate_and_the_multiplier_of_many_fall_later_and_sooner(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPatch, many: bool) -> None:
-    """Where examples take turns the first rate stays for six tenths of the steps, and lam falls as soon as a quarter of the ball is free."""
+    """Where examples take turns the first rate stays for six tenths of the steps, and lam falls when a quarter of the ball is free."""
     monkeypatch.setattr(_descend, "DRAWN", 2 if many else 99)
     monkeypatch.setattr(_descend, "CHECK_EVERY", 5)
     examples = tuple(Example(prompt=f"The capital of Mauritius {i} is", target=" Port Louis") for i in range(4))

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_host
 
 from errata import apply, evaluate
 from errata.evaluate import MEASURES, Answer, Estimate, Scores, aggregate
+from errata.memory.scope import tenths
 from errata.report import (
     LINE,
     Effect,
@@ -299,8 +301,10 @@ def test_labels_of_a_picture_do_not_stand_on_each_other() -> None:
 
 
 def test_chances_stand_against_how_often_it_was_so() -> None:
-    chances = [0.05] * 40 + [0.95] * 60
-    chart = Page(str(reliability_chart(chances, [i < 2 for i in range(40)] + [i < 30 for i in range(60)], fire=0.9, leave=0.2)))
+    chances, so = np.array([0.05] * 40 + [0.95] * 60), np.array([i < 2 for i in range(40)] + [i < 30 for i in range(60)])
+    held = tenths(chances, so)
+    assert held == ((pytest.approx(0.05), 40, 2), (pytest.approx(0.95), 60, 30))
+    chart = Page(str(reliability_chart(held, fire=0.9, leave=0.2)))
     (x0, y0), (x1, y1) = [(float(c["cx"] or 0), float(c["cy"] or 0)) for c in chart.all("circle", "mark")]
     [diagonal] = chart.all("line", "base")
     slope = (float(diagonal["y2"] or 0) - float(diagonal["y1"] or 0)) / (float(diagonal["x2"] or 0) - float(diagonal["x1"] or 0))
@@ -308,9 +312,9 @@ def test_chances_stand_against_how_often_it_was_so() -> None:
     assert y1 > y0 + slope * (x1 - x0) + 20  # 95 % said, half of them so
     assert len(chart.all("line", "limit")) == 2 and len(chart.all("rect", "promoted")) == 2
     assert "expected calibration error 0.270; 5.0 % said, 5.0 % of 40 so; 95.0 % said, 50.0 % of 60 so" in chart.text
-    assert "fires from 90.0 %" in chart.text and not Page(str(reliability_chart([1.0], [True]))).all("line", "limit")
-    with pytest.raises(InvalidExample, match="got 0 and 0"):
-        reliability_chart([], [])
+    assert "fires from 90.0 %" in chart.text and not Page(str(reliability_chart([(1.0, 1, 1)]))).all("line", "limit")
+    with pytest.raises(InvalidExample, match="no chances to draw"):
+        reliability_chart([])
 
 
 def test_labels_are_lines_of_their_own_and_refused_patches_are_hollow() -> None:

@@ -607,14 +607,14 @@ def _apart(labels: Sequence[tuple[float, float, str]]) -> list[tuple[float, floa
     return out
 
 
-def reliability_chart(chances: Sequence[float], concerned: Sequence[bool], fire: float | None = None, leave: float | None = None) -> Markup:
+def reliability_chart(tenths: Sequence[tuple[float, int, int]], fire: float | None = None, leave: float | None = None) -> Markup:
     """How often a record concerned the query where its chance was in a tenth (with Wilson bars), against that chance: calibrated ones lie
     on the dotted line. Under it how many there were of each, as the root of their share. `fire` and `leave` are drawn where they are given.
 
-    Raises InvalidExample if there is no chance, or they are not as many as what they are of.
+    `tenths` are those of `Scope.held`: (mean chance, how many, of how many it was so). Raises InvalidExample if there are none.
     """
-    if not chances or len(chances) != len(concerned):
-        raise InvalidExample(f"A picture of chances needs as many outcomes as chances, got {len(chances)} and {len(concerned)}.")
+    if not tenths:
+        raise InvalidExample("There are no chances to draw: the scope was learnt as published, or by an older errata. Prepare it again.")
     from scipy.stats import binomtest  # a second to import
 
     plane = _Plane(low=0.0, high=1.0, bottom=286.0)
@@ -630,24 +630,20 @@ def reliability_chart(chances: Sequence[float], concerned: Sequence[bool], fire:
             anchor, shift = ("end", -5) if x > plane.right - 110 else ("start", 5) if x < plane.left + 110 else (anchor, shift)
             y = plane.top + (12 if name == "fires from" else 28)
             parts += [_line(x, plane.top, x, plane.bottom, "limit"), _label(f"{name} {rate(at)}", x + shift, y, text_anchor=anchor)]
-    tenths: dict[int, list[tuple[float, bool]]] = {}
-    for chance, ok in sorted(zip(chances, concerned, strict=True)):
-        tenths.setdefault(min(9, int(10 * chance)), []).append((chance, ok))
-    told, off = [], 0.0
-    for tenth, some in tenths.items():
-        mean, right = sum(chance for chance, _ in some) / len(some), sum(ok for _, ok in some)
-        interval = binomtest(right, len(some)).proportion_ci(confidence_level=0.95, method="wilson")
-        x, share = plane.x(mean), right / len(some)
-        depth = max(1.0, 34 * math.sqrt(len(some) / len(chances)))
-        left, width = plane.x(tenth / 10) + 2, plane.x(0.1) - plane.x(0.0) - 4
+    told, off, whole = [], 0.0, sum(n for _, n, _ in tenths)
+    for mean, n, right in tenths:
+        interval = binomtest(right, n).proportion_ci(confidence_level=0.95, method="wilson")
+        x, share = plane.x(mean), right / n
+        depth = max(1.0, 34 * math.sqrt(n / whole))
+        left, width = plane.x(min(9, int(10 * mean)) / 10) + 2, plane.x(0.1) - plane.x(0.0) - 4
         parts.append(_tag("rect", x=left, y=plane.bottom + 86 - depth, width=width, height=depth, class_="promoted mark s0"))
-        parts.append(_label(f"{len(some):,}", left + width / 2, plane.bottom + 102, text_anchor="middle", class_="muted"))
+        parts.append(_label(f"{n:,}", left + width / 2, plane.bottom + 102, text_anchor="middle", class_="muted"))
         ends = (float(interval.low), float(interval.high))
         parts.append(_line(x, plane.y(ends[0]), x, plane.y(ends[1]), "bar s0"))
         parts += (_line(x - 3, plane.y(end), x + 3, plane.y(end), "bar s0") for end in ends)
         parts.append(_marker(0, x, plane.y(share), hollow=False))
-        off += abs(right - mean * len(some)) / len(chances)
-        told.append(f"{rate(mean)} said, {rate(share)} of {len(some)} so")
+        off += abs(right - mean * n) / whole
+        told.append(f"{rate(mean)} said, {rate(share)} of {n} so")
     description = f"expected calibration error {off:.3f}; " + "; ".join(told)
     return _picture(760, 400, "Chances against what was so", description, parts)
 

@@ -208,7 +208,7 @@ class Record:
             raise InvalidExample(f"A record of the memory holds an example, got {type(self.example).__name__} {self.example!r}.")
         if self.example.goal not in ANSWERED:
             raise InvalidExample(
-                f"The memory answers with the target, so it cannot {self.example.goal} it ('{self.example}'). Build it into a patch instead."
+                f"The memory answers with the target, so it cannot {self.example.goal} it ('{self.example}'). Build it instead."
             )
         for name in ("aliases", "tags"):
             given = getattr(self, name)

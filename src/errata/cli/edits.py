@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, final, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final, get_args, get_origin, get_type_hints
 
 import typer
 from rich.text import Text
@@ -257,16 +257,20 @@ def settings_of(method: str, given: Sequence[str]) -> dict[str, Any]:
         try:
             settings[key] = _typed(kinds[key], value)
         except ValueError as e:
-            raise InvalidExample(f"The setting '{key}' of {method} is {getattr(kinds[key], '__name__', kinds[key])}, not '{value}'.") from e
+            choices = get_args(kinds[key]) if get_origin(kinds[key]) is Literal else ()
+            wanted = " or ".join(map(str, choices)) or getattr(kinds[key], "__name__", kinds[key])
+            raise InvalidExample(f"The setting '{key}' of {method} is {wanted}, not '{value}'.") from e
     return settings
 
 
 def _typed(kind: Any, value: str) -> Any:
-    """`value` as text, as a finite number, or as what JSON says. Raises ValueError."""
-    if kind is str:
+    """`value` as text, one of some texts, a finite number, or what JSON says. Raises ValueError."""
+    if kind is str or (get_origin(kind) is Literal and value in get_args(kind)):
         return value
+    if get_origin(kind) is Literal:
+        raise ValueError(value)
     read = kind(value) if kind in (int, float) else json_module.loads(value)
-    if isinstance(read, float) and not math.isfinite(read):
+    if (isinstance(read, float) and not math.isfinite(read)) or (kind is bool and not isinstance(read, bool)):
         raise ValueError(value)
     return read
 

@@ -1,5 +1,6 @@
 """explain, compact: what the edit memory would do with a text, and its records' way into weights."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,15 +22,20 @@ def explain(
     query: Annotated[str, typer.Argument(help="What the model would be asked.")],
     patch: Annotated[str | None, typer.Option(help="A kept patch of a memory, in the place of the ledger's records.")] = None,
     tag: Annotated[list[str] | None, typer.Option("--tag", help="A tag of the query; may be given again.", show_default=False)] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw here, as .html or .svg, how often a record did concern a query, where the chance said so.")
+    ] = None,
     at: LedgerAt = LEDGER,
     device: Device = None,
     json: Json = False,
 ) -> None:
     """Which records are near a query, how sure the scope is of each, the thresholds, and who answers."""
+    from errata import report
     from errata.memory.reader import asked_in
     from errata.memory.route import Router
     from errata.types import LedgerError
 
+    report.check_picture(picture)
     out, asked = Out(json=json), asked_in(query)
     with opened(at) as ledger:
         host = bound_host(ledger, device, out)
@@ -39,6 +45,8 @@ def explain(
                 raise LedgerError(f"Nothing in {at} is looked up: the memory is empty. Put a record in with 'errata memory add'.")
             (found,) = router.found([asked])
             (turn,) = router.decide([asked])
+    if picture is not None:
+        _drawn(router, picture)
     route = "the memory" if turn.examples else "the model itself"
     limits = _limits(router)
     out.emit(
@@ -49,6 +57,18 @@ def explain(
         f"{', '.join(f'{name} {number(value)}' for name, value in limits.items()) or 'In where the reader finds the answer in the notes'}.",
         f"Who answers: {route}{', with ' + ' and '.join(str(e) for e in turn.examples) if turn.examples else ''}.",
     )
+
+
+def _drawn(router: "Router", path: Path) -> None:
+    from errata import report
+    from errata.types import InvalidExample
+
+    scope = router.scope
+    if scope is None:
+        raise InvalidExample("No scope speaks here, so there are no chances to draw. Prepare serac or rp.")
+    note = f"{sum(n for _, n, _ in scope.held):,} pairs of a query and a record near it, from lessons that were held back."
+    chart = report.reliability_chart(scope.held, fire=scope.fire, leave=scope.leave)
+    report.write_picture(chart, "Chances against what was so", note, path)
 
 
 def _limits(router: "Router") -> dict[str, float]:

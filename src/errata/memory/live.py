@@ -22,7 +22,6 @@ from errata.memory.route import Near, Router
 from errata.memory.store import Hit, warn
 from errata.types import LedgerError, Memory, Patch, State, WrongBase, folded
 
-
 SAME_WORDS = -0.999
 
 

@@ -30,7 +30,7 @@ Nothing here finds a record (see `index.py`, `store.py`) or answers a query.
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, final
 
@@ -49,6 +49,7 @@ Scores = Float64[np.ndarray, "P K"]
 Chances = Float64[np.ndarray, "P"]
 
 Ruling = Literal["in", "unsure", "out"]
+Tenth = tuple[float, int, int]  # of chances between two tenths: their mean, how many they are, of how many it was so
 VERIFIERS = ("distance", "cross")
 CANDIDATES = 8  # that the index is taken to propose, while training
 HARDNESS = 0.1  # temperature at which records near a query are drawn
@@ -123,13 +124,15 @@ class Pair(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------------------------ names
 
 
-def unnamed(question: str, query: str) -> tuple[str, str]:
-    """Both texts with X in the place of the longest name that they share; as they are if they share none.
+def unnamed(question: str, query: str, capitals: Callable[[str], frozenset[str]] | None = None) -> tuple[str, str]:
+    """Both texts with X in the place of the longest name that they share; as they are if they share none. `capitals` is `_capitals`, of
+    somebody who remembers what it said of a text.
 
     A name is a run of words that begins and ends with a capital, a digit or a letter that has no case; at the beginning of a text a
     capital says nothing of a function word.
     """
-    if _capitals(question).isdisjoint(_capitals(query)):  # most pairs are done with here, and there are many
+    capitals = capitals or _capitals
+    if capitals(question).isdisjoint(capitals(query)):  # most pairs are done with here, and there are many
         return question, query
     a, b = list(WORD.finditer(question)), list(WORD.finditer(query))
     at: dict[str, list[int]] = {}
@@ -156,20 +159,19 @@ def unnamed(question: str, query: str) -> tuple[str, str]:
     )
 
 
-@functools.lru_cache(maxsize=1 << 12)  # one query is looked at beside many records
 def _capitals(text: str) -> frozenset[str]:
     """The words that a name may end with."""
     words = enumerate(WORD.findall(text))
     return frozenset(w.lower() for i, w in words if not w[0].islower() and (i or w.lower() not in FUNCTION_WORDS))
 
 
-def bare(pair: Pair) -> Pair:
+def bare(pair: Pair, capitals: Callable[[str], frozenset[str]] | None = None) -> Pair:
     """The pair without the name that question and query share; if they share none, without the one that the answer and the query do:
     "Which country has the capital X?" asks the same of any X that is the answer to "What is the capital of Togo?"."""
-    question, query = unnamed(pair.question, pair.query)
+    question, query = unnamed(pair.question, pair.query, capitals)
     if (question, query) != (pair.question, pair.query):
         return Pair(question, pair.answer, query)
-    answer, query = unnamed(pair.answer, pair.query)
+    answer, query = unnamed(pair.answer, pair.query, capitals)
     return Pair(pair.question, answer, query)
 
 
@@ -206,7 +208,9 @@ class Distance(nn.Module):
 
     def second(self, pairs: Sequence[Pair], encoder: Encoder) -> Float[Tensor, "P"]:
         """What the second distance takes away. It looks at the names, which takes most of the time."""
-        return self._of(1, [(told(own.question, own.answer), own.query) for own in map(bare, pairs)], encoder)
+        capitals = functools.cache(_capitals)  # one query stands beside many records
+        without = (bare(pair, capitals) for pair in pairs)
+        return self._of(1, [(told(own.question, own.answer), own.query) for own in without], encoder)
 
     def _of(self, i: int, texts: Sequence[tuple[str, str]], encoder: Encoder) -> Float[Tensor, "P"]:
         place = {text: n for n, text in enumerate(dict.fromkeys(text for two in texts for text in two))}
@@ -342,6 +346,7 @@ class Scope:
     verifiers    one, or for cross two
     slopes, shift  a chance is sigmoid(slopes . scores of the verifiers + shift)
     false_fires  with 95 % confidence no more of the queries that concern no record fire
+    held         what came of the chances of the pairs that were held back (`report.reliability_chart`)
     """
 
     encoder: Encoder
@@ -352,6 +357,7 @@ class Scope:
     slopes: tuple[float, ...]
     shift: float
     false_fires: float
+    held: tuple[Tenth, ...] = ()
 
     def judge(self, queries: Sequence[str], candidates: Sequence[Sequence[Candidate]]) -> list[list[Judged]]:
         """For each query, what is to be thought of each of its candidates: a chance of 0 of those that are out without a look, and of those
@@ -398,6 +404,7 @@ class Scope:
             **{"backbone_id": "" if last.backbone is None else last.backbone.id},
             **{name: float(getattr(self, name)) for name in NUMBERS},
             "slopes": list(self.slopes),
+            "held": [list(tenth) for tenth in self.held],
         }
         return config, {name: p.detach().to("cpu", _kept_as(p)).clone() for name, p in _all_learned(self.verifiers).items()}
 
@@ -432,7 +439,8 @@ def from_parts(config: Mapping[str, Any], tensors: Mapping[str, Tensor], device:
         for verifier in verifiers:
             verifier.eval().requires_grad_(False)
         numbers = {name: config[name] for name in NUMBERS}
-        return Scope(encoder=encoder, verifiers=verifiers, slopes=tuple(config["slopes"]), **numbers)
+        held = tuple((float(mean), int(n), int(so)) for mean, n, so in config.get("held", ()))
+        return Scope(encoder=encoder, verifiers=verifiers, slopes=tuple(config["slopes"]), held=held, **numbers)
     except KeyError as e:
         if isinstance(e, UnknownName):
             raise
@@ -733,7 +741,14 @@ def _calibrated(
         slopes=slopes,
         shift=shift,
         false_fires=bound,
+        held=tenths(chances_P, concerned_P),
     )
+
+
+def tenths(chances_P: Chances, concerned_P: Bool[np.ndarray, "P"]) -> tuple[Tenth, ...]:
+    """What came of the chances, tenth by tenth, without those that there were none of."""
+    of_P = np.minimum(9, (10 * chances_P).astype(int))
+    return tuple((float(chances_P[of_P == t].mean()), int((of_P == t).sum()), int(concerned_P[of_P == t].sum())) for t in np.unique(of_P))
 
 
 def platt(scores_PK: Scores, concerned_P: Bool[np.ndarray, "P"]) -> tuple[tuple[float, ...], float]:

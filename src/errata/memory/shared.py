@@ -1,9 +1,9 @@
 """SharedMemory: the same memory on Postgres with pgvector, for several servers that read and write it together.
 
 What EditMemory keeps in a ledger, with its rules: the records in one table, for each of those in force its questions with their vectors in
-another, a row for each key, under a graph of pgvector (HNSW, Malkov & Yashunin 2016, arXiv 1603.09320; float16). A record and its vectors are written in one
-transaction, so nothing has to be brought up to date. Whoever writes waits for who is writing: two servers cannot each add half of a
-contradiction. A memory is a schema of the database; it belongs to one encoder.
+another, a row for each key, under a graph of pgvector (HNSW, Malkov & Yashunin 2016, arXiv 1603.09320; float16). A record and its vectors
+are written in one transaction, so nothing has to be brought up to date. Whoever writes waits for who is writing: two servers cannot each
+add half of a contradiction. A memory is a schema of the database; it belongs to one encoder.
 
 Unlike a ledger it keeps no log of events: each record says when it came into force, when it went and why.
 """
