@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from errata import hosts
 from errata.hosts import Host
-from errata.methods import _hyper, _meta
+from errata.methods import _gradients, _hyper, _meta
 from errata.methods._descend import ENOUGH, goal_losses
+from errata.methods.ke import Ke
 from errata.methods.malmen import Malmen
 from errata.methods.mend import Mend
-from errata.types import Case, Example, InvalidExample, Method, Neighbour, Run, Spread, State, UnknownName, WrongBase
+from errata.types import Case, Example, InvalidExample, InvalidPatch, Method, Neighbour, Run, Spread, State, UnknownName, WrongBase
 
 NAMES = (("Mauritius", " Port Louis"), ("France", " Paris"), ("Italy", " park"), ("Togo", " dog"), ("Kenya", " late"), ("Peru", " he"))
 CASES = tuple(
@@ -32,6 +34,7 @@ CASES = tuple(
 ) + (Case(example=Example(prompt="The nurse said that", target=" she", contrast=" he", goal="prefer"), paraphrases=("He said that",)),)
 RUN = Run(hold=TEXT * 2)
 SMALL: dict[str, Any] = {"rank": 5, "steps": 6, "least": 2, "most": 5, "every": 2, "near": 3, "hold": 3}
+KE: dict[str, Any] = {"steps": 6, "least": 2, "most": 5, "every": 3, "near": 3, "hold": 3}
 both_orientations = pytest.mark.parametrize("family", ["gpt2", "llama"])
 
 
@@ -217,6 +220,38 @@ def test_a_step_that_is_not_finite_is_dropped_and_counted(tiny_llama: Host, monk
     assert all(torch.equal(t, learnt[1][name]) for name, t in learnt[0].items()), "nothing of it stays"
     assert any(not torch.equal(t, learnt[2][name]) for name, t in learnt[1].items())
     assert all(t.isfinite().all() for t in state.tensors.values() if t.is_floating_point())
+
+
+@pytest.mark.parametrize("bad", range(len(CASES)))
+@pytest.mark.parametrize("method", [malmen(rounds=2, every=3), mend(every=3), Ke(**KE)], ids=["malmen", "mend", "ke"])
+def test_a_case_whose_gradients_are_not_finite_is_left_out_and_named(
+    tiny_llama: Host, monkeypatch: pytest.MonkeyPatch, method: Any, bad: int
+) -> None:
+    """Wherever it stands, and whoever is taken together with it: no step is lost, and the training goes on with the others."""
+    true, spoiled = _gradients.rows, CASES[bad].example
+
+    def rows(host: Host, examples: Any, *given: Any, **named: Any) -> Any:
+        found = list(true(host, examples, *given, **named))
+        for i, e in enumerate(examples):
+            if e == spoiled:
+                values = {m: v * math.nan for m, v in found[i].values.items()}
+                found[i] = dataclasses.replace(found[i], values=values)  # which refuses
+        return tuple(found)
+
+    monkeypatch.setattr(_gradients, "rows", rows)
+    with pytest.warns(UserWarning, match=re.escape(f"Left out of the training: '{spoiled}'")) as told:
+        state = method.prepare(tiny_llama, CASES, RUN)
+    assert len(told) == 1 and state.config["dropped"] == 0 and state.config["step"] == 6
+    assert all(t.isfinite().all() for t in state.tensors.values() if t.is_floating_point())
+
+
+def test_where_no_case_has_finite_gradients_it_is_a_sentence(tiny_llama: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(*given: Any, **named: Any) -> Any:
+        raise InvalidPatch("values hold NaN or infinity.")
+
+    monkeypatch.setattr(_gradients, "rows", rows)
+    with pytest.raises(InvalidPatch, match="no training case are finite"), pytest.warns(UserWarning):
+        mend().prepare(tiny_llama, CASES, RUN)
 
 
 def test_the_best_on_held_back_cases_is_kept_and_patience_ends_it(tiny_llama: Host) -> None:

@@ -21,6 +21,7 @@ File legend: N rows, K key width, V value width.
 
 import math
 import random
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
@@ -358,7 +359,10 @@ class School:
 
     def validated(self, point: Point) -> Point:
         """With the network kept if it is the best so far on the held-back cases."""
-        loss = self.learning.judged(point.net)
+        try:
+            loss = self.learning.judged(point.net)
+        except InvalidPatch:  # something on the way to it is not finite
+            return point
         if not loss < point.best_loss:  # so that NaN is never the best
             return point
         return replace(point, best=point.net, best_loss=loss, best_step=point.step)
@@ -390,24 +394,48 @@ class Remembered:
     def __init__(self, school: School, take: Callable[[tuple[Example, ...]], Sequence[Rows]]) -> None:
         self.take, self.ordered = take, school.ordered
         self.place = {c.id: i for i, c in enumerate(self.ordered)}
-        (first,) = take((self.ordered[0].example,))
+        self.kept: dict[int, Rows] = {}
+        self.last: dict[int, Rows] = {}  # of the others, those that were asked for last
+        self.unsound: set[int] = set()
+        first = next((r for i in range(len(self.ordered)) for r in self._taken([i]).values()), None)
+        if first is None:
+            raise InvalidPatch("The gradients of no training case are finite. Try the model in float32.")
         self.widths = {m: (k.shape[1], first.values[m].shape[1]) for m, k in first.keys.items()}
         self.most = REMEMBERED // sum(t.nbytes for t in (*first.keys.values(), *first.values.values()))
-        self.kept: dict[int, Rows] = {}
 
-    def of(self, cases: Sequence[Case]) -> list[Rows]:
-        """Those of the cases' examples.
+    def sound(self, cases: Sequence[Case]) -> list[Case]:
+        """Those whose rows are finite. Raises InvalidPatch if none are.
 
-        Those that are remembered are taken a whole block at a time, the others together: which rows go through the model at once, and so
-        their last digits, follows from the cases alone, not from what a training has done before.
+        Rows that are remembered are taken a whole block at a time, the others together: which go through the model at once, and so their
+        last digits, follows from the cases alone, not from what a training has done before.
         """
         places = [self.place[c.id] for c in cases]
-        for start in sorted({p // BLOCK * BLOCK for p in places if p < self.most and p not in self.kept}):
-            block = range(start, min(start + BLOCK, len(self.ordered)))
-            self.kept |= zip(block, self.take(tuple(self.ordered[p].example for p in block)), strict=True)
-        others = [p for p in places if p not in self.kept]
-        new = dict(zip(others, self.take(tuple(self.ordered[p].example for p in others)), strict=True)) if others else {}
-        return [self.kept[p] if p in self.kept else new[p] for p in places]
+        for start in sorted({p // BLOCK * BLOCK for p in places if p < self.most and p not in self.kept and p not in self.unsound}):
+            self.kept |= self._taken(range(start, min(start + BLOCK, len(self.ordered))))
+        self.last = self._taken(others) if (others := [p for p in places if p not in self.kept and p not in self.unsound]) else {}
+        if not (found := [c for c, p in zip(cases, places, strict=True) if p not in self.unsound]):
+            raise InvalidPatch("The gradients of none of the cases are finite.")
+        return found
+
+    def of(self, cases: Sequence[Case]) -> list[Rows]:
+        """Those of the cases' examples, which are `sound`."""
+        places = [self.place[c.id] for c in cases]
+        if any(p not in self.kept and p not in self.last for p in places):
+            self.sound(cases)
+        return [self.kept[p] if p in self.kept else self.last[p] for p in places]
+
+    def _taken(self, places: Sequence[int]) -> dict[int, Rows]:
+        """The rows at these places. Where some are not finite, what is not is found, left out of the training, and told."""
+        examples = [self.ordered[p].example for p in places]
+        try:
+            return dict(zip(places, self.take(tuple(examples)), strict=True))
+        except InvalidPatch as e:
+            if len(places) > 1:
+                return {p: rows for one in places for p, rows in self._taken([one]).items()}
+            if places[0] not in self.unsound:
+                self.unsound.add(places[0])
+                warnings.warn(f"Left out of the training: '{examples[0]}', for {e}", stacklevel=2)
+            return {}
 
 
 @final
@@ -440,10 +468,10 @@ class Merging:
 
     def first(self) -> tuple[Net, Mapping[str, float]]:
         """The untrained network, whose differences are `share` of the outputs at the first rows."""
-        s, train = self.s, self.school.train
+        s, train = self.s, self.remembered.sound(self.school.train[: self.s.most])
         net = _hyper.fresh(self.widths, self.rank, self.lam, self.school.seed, s.faithful)
         net = replace(net, parameters={name: t.to(self.host.device) for name, t in net.parameters.items()})
-        for module, rows in self._rows(train[: s.most]).items():
+        for module, rows in self._rows(train).items():
             net = _hyper.watched(net, module, *rows)
         usual = round(math.sqrt(s.least * s.most))
         for module, (keys_NK, g_NV) in self._rows(train[:usual]).items() if not s.faithful else ():
@@ -453,6 +481,7 @@ class Merging:
         return net, {}
 
     def graded(self, point: Point, cases: Sequence[Case], rng: random.Random) -> Graded:
+        cases = self.remembered.sound(cases)
         rows, net = self._rows(cases), point.net
         for module, (keys_NK, g_NV) in rows.items():
             net = _hyper.watched(net, module, keys_NK, g_NV)
@@ -470,7 +499,7 @@ class Merging:
 
     def judged(self, net: Net) -> float:
         """On all of them edited at once, and on a few."""
-        losses, held_back = [], self.school.held_back
+        losses, held_back = [], self.remembered.sound(self.school.held_back)
         for cases in (held_back, held_back[: max(1, len(held_back) // 8)]):
             before, rows = self._behind(net, cases, self._rows(cases), self.rounds // 2)
             merged = {module: self.merge(net, module, *both)[0] for module, both in rows.items()}
@@ -494,9 +523,8 @@ def gradients_of(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in leaves.items()}
 
 
-def few(school: School) -> list[list[Case]]:
+def few(s: Settings, held_back: Sequence[Case]) -> list[Sequence[Case]]:
     """Held-back cases as they are edited together where few are: the most, the usual number, and single ones."""
-    s, held_back = school.s, school.held_back
     usual = round(math.sqrt(s.least * s.most))
     return [held_back[: s.most], held_back[-usual:], *([c] for c in held_back[:SINGLE])]
 

@@ -183,7 +183,7 @@ class _Learning:
     def judged(self, net: Net) -> float:
         """All of it together, after one step: what should stay is compared with the model's own weights, as an edit is judged."""
         losses, here = [], theta(net)
-        for cases in _meta.few(self.school):
+        for cases in _meta.few(self.s, self.school.held_back):
             down = gradient(self.host, [c.example for c in cases], here, self.modules, self.s, self.school.spread)
             there = here | {name: here[name] + step if name in here else step for name, step in stepped(net, down).items()}
             asked = self.school.asked(cases, random.Random(f"{self.school.seed}/validation"))

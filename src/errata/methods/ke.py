@@ -267,7 +267,7 @@ class _Learning:
         carried = {"alpha": self.made.alpha, "margin": self.made.margin}
         if self.made.faithful:
             return net, carried
-        cases = self.school.train[: round(math.sqrt(self.s.least * self.s.most))]
+        cases = self.remembered.sound(self.school.train[: round(math.sqrt(self.s.least * self.s.most))])
         squares = sum(float((r.keys[m].T @ r.values[m]).square().sum()) for r in self.remembered.of(cases) for m in self.modules)
         lost = -float(hosts.logprobs(self.host, [(c.example.prompt, c.example.target) for c in cases])[:, 0].mean())
         taken = (
@@ -277,7 +277,7 @@ class _Learning:
         return replace(net, parameters={name: t if t.ndim else t + log_step for name, t in net.parameters.items()}), carried
 
     def graded(self, point: Point, cases: Sequence[Case], rng: random.Random) -> Graded:
-        alpha, margin = point.carried["alpha"], point.carried["margin"]
+        alpha, margin, cases = point.carried["alpha"], point.carried["margin"], self.remembered.sound(cases)
         if point.step and point.step % self.s.every == 0 and self.success(point.net) > ENOUGH_RIGHT:
             margin = max(self.made.anneal * margin, self.made.least_margin)
         leaves = {name: t.detach().clone().requires_grad_() for name, t in point.net.parameters.items()}
@@ -298,7 +298,7 @@ class _Learning:
     def judged(self, net: Net) -> float:
         """Without alpha, which is another one in each step."""
         losses = []
-        for cases in _meta.few(self.school):
+        for cases in _meta.few(self.s, self.remembered.sound(self.school.held_back)):
             shifts = self._shifts(net, self._conditions(net, cases), self.remembered.of(cases))
             asked = self.school.asked(cases, random.Random(f"{self.school.seed}/validation"))
             losses.append(sum(_meta.measured(self.host, asked, shifts, self.s, learn=False, spread=self.school.spread)[0]))
@@ -306,7 +306,7 @@ class _Learning:
 
     def success(self, net: Net) -> float:
         """Of some held-back examples, each edited by itself, the share that is right then."""
-        looked = self.school.held_back[:LOOKED_AT]
+        looked = self.remembered.sound(self.school.held_back[:LOOKED_AT])
         hits = 0
         for case in looked:
             shifts = self._shifts(net, self._conditions(net, [case]), self.remembered.of([case]))
