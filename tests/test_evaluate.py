@@ -422,16 +422,22 @@ def test_a_file_that_is_missing_empty_or_binary_is_refused(tmp_path: Path) -> No
     with pytest.raises(InvalidExample, match="is empty"):
         read_cases(tmp_path / "empty.jsonl")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InvalidExample, match="not UTF-8"):
+    with pytest.raises(InvalidExample, match="is binary"):
         read_cases(tmp_path / "binary.jsonl")
 
 
 def test_a_bad_line_costs_itself_alone(tmp_path: Path) -> None:
     path = tmp_path / "cases.jsonl"
-    path.write_text('a| b\n{"prompt": 3}\n\nno bar\nc| d\n')
-    cases, wrong = read_sound_cases(path)
+    path.write_bytes(b'a| b\n{"prompt": 3}\n\nno bar\nc| d\nMal\xe9| e\nlong| f\n')
+
+    def check(case: Case) -> None:
+        if case.example.prompt == "long":
+            raise InvalidExample("too long.")
+
+    cases, wrong = read_sound_cases(path, check)
     assert [str(c.example) for c in cases] == ["a| b", "c| d"]
-    assert [str(e).split(":")[0] for e in wrong] == [f"Line 2 of {path}", f"Line 4 of {path}"]
+    assert [str(e).split(":")[0] for e in wrong] == [f"Line {n} of {path}" for n in (2, 4, 6, 7)]
+    assert "not UTF-8" in str(wrong[2]) and "too long" in str(wrong[3])
     path.write_text("no bar\n")
     with pytest.raises(InvalidExample, match="Line 1"):
         read_sound_cases(path)

@@ -90,6 +90,7 @@ def test_a_subject_that_the_prompt_does_not_name_is_none(tmp_path: Path) -> None
         ({k: v for k, v in ZSRE.items() if k != "alt"}, "no 'ans'"),
         (COUNTERFACT | {"locality_prompt": 3}, "'locality_prompt' is to be a text, got 3"),
         (FEVER | {"alt": "NOT ENOUGH INFO"}, "'alt' is SUPPORTS or REFUTES"),
+        (FEVER | {"alt": ["SUPPORTS"]}, "'alt' is SUPPORTS or REFUTES"),
         (FEVER | {"equiv_prompt": "one text"}, "'equiv_prompt' is a list"),
         (7, "a record is a table"),
     ],

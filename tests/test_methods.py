@@ -17,7 +17,7 @@ from errata import apply, artefact, build, export, gate, hosts, text
 from errata.hosts import Host
 from errata.lab import tasks
 from errata.ledger import Ledger
-from errata.methods import METHODS, make, method_class
+from errata.methods import AT_LEAST_ONE, METHODS, make, method_class
 from errata.types import (
     Budget,
     Case,
@@ -524,3 +524,16 @@ def test_some_of_both_stacks_is_edited() -> None:
     host = tiny_host("t5")
     weights = {op.weight for op in make("lora", **SMALL).edit(host, EXAMPLES, replace(RUN, hold=ANSWERED)).ops}
     assert {w.split(".")[0] for w in weights} == {"encoder", "decoder"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_number_that_cannot_be_is_refused_by_name(name: str) -> None:
+    """No setting is negative, and what is counted from one is not 0: else it would end somewhere inside a library."""
+    for key, value in method_class(name)().config.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            with pytest.raises(InvalidExample, match=key):
+                make(name, **{key: -1})
+    for key in AT_LEAST_ONE:
+        if key in method_class(name)().config:
+            with pytest.raises(InvalidExample, match=f"'{key}' of {name} is 1 or more, got 0"):
+                make(name, **{key: 0})

@@ -16,7 +16,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -29,7 +29,7 @@ from errata import apply, hosts, text
 from errata.build import parse
 from errata.hosts import Batch, Host, says
 from errata.tasks import counterfact, fever, zsre
-from errata.tasks._layouts import named, records, sound, table
+from errata.tasks._layouts import check_text, named, records, sound, table
 from errata.types import (
     RINGS,
     Case,
@@ -547,9 +547,17 @@ def read_cases(path: str | Path) -> tuple[Case, ...]:
     return tuple(made)
 
 
-def read_sound_cases(path: str | Path) -> tuple[tuple[Case, ...], tuple[InvalidExample, ...]]:
-    """(the cases of a file, what is wrong with each record that is none). Raises InvalidExample if there is no case at all."""
-    cases, wrong = sound(records(path), _case)
+def read_sound_cases(
+    path: str | Path, check: Callable[[Case], object] = lambda case: None
+) -> tuple[tuple[Case, ...], tuple[InvalidExample, ...]]:
+    """(the cases of a file, what is wrong with each record that is none, or that `check` refuses). Raises InvalidExample if all are so."""
+
+    def checked(where: str, record: Any) -> Case:
+        case = _case(where, record)
+        check(case)
+        return case
+
+    cases, wrong = sound(records(path), checked)
     if not cases:
         raise wrong[0]
     return tuple(cases), tuple(wrong)
@@ -557,6 +565,7 @@ def read_sound_cases(path: str | Path) -> tuple[tuple[Case, ...], tuple[InvalidE
 
 def _case(_where: str, record: Any) -> Case:
     """Of a line, or of what a JSON list holds."""
+    check_text(record)
     if isinstance(record, str) and not record.lstrip().startswith("{"):
         return Case(example=parse(record.rstrip("\r")))
     raw = table(record)

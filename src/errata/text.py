@@ -18,10 +18,10 @@ from errata.types import EditError, Example, InvalidReference, digest
 MAX_BYTES = 256 << 20
 
 
-def decoded(path: Path, what: str, error: type[EditError]) -> str:
-    """The whole file. Raises `error` where it is missing, binary or not UTF-8; it is called `what` in the sentence."""
+def decoded(path: Path, what: str, error: type[EditError], errors: str = "strict") -> str:
+    """The whole file. Raises `error` where it is missing, binary or not UTF-8; it is called `what` there. `errors`: as in `open`."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig", errors)
     except OSError as e:
         raise error(f"Cannot read the {what} {path}: {e.strerror}.") from e
     except UnicodeDecodeError as e:
@@ -31,10 +31,10 @@ def decoded(path: Path, what: str, error: type[EditError]) -> str:
     return text
 
 
-def lines(path: Path, what: str, error: type[EditError]) -> list[tuple[str, str]]:
+def lines(path: Path, what: str, error: type[EditError], errors: str = "strict") -> list[tuple[str, str]]:
     """("Line 3 of PATH", its text) for each line that is not blank. Raises `error` as `decoded`, and where there is none."""
     # not splitlines: it also cuts at the separators that may stand inside a JSON string
-    found = [(f"Line {n} of {path}", line) for n, line in enumerate(decoded(path, what, error).split("\n"), 1) if line.strip()]
+    found = [(f"Line {n} of {path}", line) for n, line in enumerate(decoded(path, what, error, errors).split("\n"), 1) if line.strip()]
     if not found:
         raise error(f"The {what} {path} is empty.")
     return found

@@ -95,15 +95,12 @@ def training_cases(host: "Host", given: str | None, n: int, out: Out) -> Sequenc
         raise InvalidExample(f"There are no training cases for {host.name} here. Name a file of them with --cases.")
     if given in (None, "lab"):
         return lab_cases("train", n, form=corpus.FORMS[host.kind])
-    found, wrong = evaluate.read_sound_cases(Path(given or ""))
-    sound = []
-    for case in found:
-        try:
-            for answer in (case.example.target, case.example.contrast):
-                hosts.encode(host, case.example.prompt, answer or case.example.target)
-            sound.append(case)
-        except InvalidExample as e:
-            wrong = (*wrong, e)
+
+    def fits(case: "Case") -> None:
+        for answer in (case.example.target, case.example.contrast):
+            hosts.encode(host, case.example.prompt, answer or case.example.target)
+
+    sound, wrong = evaluate.read_sound_cases(Path(given or ""), fits)
     for reason in wrong[:20]:
         out.note(f"Left out: {reason}")
     if len(wrong) > 20:

@@ -29,6 +29,7 @@ METHODS: dict[str, str] = {
     "serac": "errata.methods.serac:Serac",
     "ultraedit": "errata.methods.ultraedit:Ultraedit",
 }
+AT_LEAST_ONE = ("asked", "batch_size", "chunk", "every", "least", "nearest", "notes", "patience", "rounds", "texts")
 
 
 def method_class(name: str) -> type[Method]:
@@ -40,12 +41,17 @@ def method_class(name: str) -> type[Method]:
 
 
 def make(name: str, **config: Any) -> Method:
-    """The method with hyper-parameters. Raises UnknownName for the method or for a hyper-parameter that it does not have."""
+    """The method with hyper-parameters. Raises UnknownName for the method or for a hyper-parameter that it does not have, InvalidExample
+    for one that cannot be: none is negative."""
     cls = method_class(name)
     known = cls.__dataclass_fields__  # type: ignore[attr-defined]
     for key in config:
         if key not in known:
             raise UnknownName.among(f"setting of {name}", key, known)
+    for key, value in config.items():
+        least = 1 if key in AT_LEAST_ONE else 0
+        if isinstance(value, int | float) and not value >= least:
+            raise InvalidExample(f"The setting '{key}' of {name} is {least} or more, got {value}.")
     try:
         return cls(**config)
     except TypeError as e:

@@ -85,7 +85,7 @@ def of_examples(host: Host, method: str, about: str, examples: tuple[Example, ..
     wanted = {e.id: e for e in examples}
     gone = [e for id, e in there.items() if id not in wanted]
     if there and run.sums is not None and (not gone or (2 * len(gone) <= len(there) and _folded(run.sums))):
-        sums = _of_state(run.sums, summing.priors)
+        sums = _of_state(host, run.sums, summing.priors)
     else:
         there, gone = {}, []
     new = [e for id, e in wanted.items() if id not in there]
@@ -113,10 +113,11 @@ def _folded(state: State) -> bool:
     return not any(name.endswith("/X") for name in state.tensors)
 
 
-def _of_state(state: State, priors: Mapping[str, Prior]) -> dict[str, Sums]:
+def _of_state(host: Host, state: State, priors: Mapping[str, Prior]) -> dict[str, Sums]:
     out: dict[str, Sums] = {}
     for module, prior in priors.items():
-        X, D, H, B = (state.tensors.get(f"{module}/{name}") for name in "XDHB")
+        kept = (state.tensors.get(f"{module}/{name}") for name in "XDHB")
+        X, D, H, B = (None if part is None else part.to(host.device) for part in kept)
         rows = None if X is None or D is None else (X, D)
         folded = None if H is None or B is None else (H, B)
         out[module] = Sums(prior=prior, n=state.config["rows"][module], keep=False, rows=rows, folded=folded)

@@ -60,6 +60,7 @@ REMEMBERED = 1 << 28  # bytes, about, of rows that are not taken again: those of
 EDITED = 6  # modules, if none are named: what a subject means is found in the lower blocks, what to say of it in the upper ones
 BLOCK = 32  # cases whose rows are taken together
 BEHIND = 0.5  # of the steps, the last ones, may begin behind earlier rounds, where a method has several
+ABOVE_ZERO = "lam share lr rate clip least chunk every patience asked batch_size rank rounds caution".split()
 SINGLE = 2  # held-back cases that validate by themselves, where few are edited together
 
 Pull = Callable[[Float[Tensor, "K V"]], None]  # dL/dS -> adds what follows to the gradients of the network's parameters
@@ -177,7 +178,7 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
 
 def check(name: str, config: Mapping[str, Any]) -> None:
     """Raises InvalidExample for settings that cannot be."""
-    for setting in ("lam", "share", "lr", "rate", "clip", "least", "chunk", "every", "patience", "asked", "batch_size"):
+    for setting in ABOVE_ZERO:
         if setting in config and not config[setting] > 0:
             raise InvalidExample(f"{name} needs a {setting} over 0, got {config[setting]}.")
     if not config["least"] <= config["most"]:

@@ -14,7 +14,8 @@ T = TypeVar("T")
 
 def records(path: str | Path) -> list[tuple[str, Any]]:
     """("Line 3 of PATH", the line), or ("Record 3 of PATH", what it is) of a JSON list. Raises InvalidExample."""
-    found = text.lines(Path(path), "file of examples or cases", InvalidExample)
+    # a line that is not UTF-8 holds what no example may, which is told of that line
+    found = text.lines(Path(path), "file of examples or cases", InvalidExample, "surrogateescape")
     if not found[0][1].lstrip().startswith("["):
         return list(found)
     try:
@@ -31,8 +32,17 @@ def listed(found: list[Any], what: str | Path) -> list[tuple[str, Any]]:
     return [(f"Record {n} of {what}", record) for n, record in enumerate(found, 1)]
 
 
+def check_text(record: Any) -> None:
+    """Raises InvalidExample for a line that is not UTF-8."""
+    try:
+        str(record).encode()
+    except UnicodeEncodeError as e:
+        raise InvalidExample("this is not UTF-8 text.") from e
+
+
 def table(record: Any) -> dict[str, Any]:
     """A record, or what is said in JSON on its line. Raises InvalidExample."""
+    check_text(record)
     try:
         raw = json.loads(record) if isinstance(record, str) else record
     except (ValueError, RecursionError) as e:

@@ -29,6 +29,6 @@ def case(raw: Mapping[str, Any]) -> Case:
 
 
 def _verdict(raw: Mapping[str, Any], key: str) -> str:
-    if (said := raw.get(key)) not in VERDICTS:
+    if not isinstance(said := raw.get(key), str) or said not in VERDICTS:
         raise InvalidExample(f"'{key}' is {' or '.join(VERDICTS)}, got {said!r}.")
     return VERDICTS[said]
