@@ -835,6 +835,12 @@ def test_prepare_says_in_a_sentence_what_it_cannot_do(bad: Callable[..., str], m
     assert "Line 1 of" in bad("prepare", "malmen", "--cases", training)
 
 
+def test_what_reads_no_cases_is_prepared_without(place: Place, reference: Path) -> None:
+    for method, *how in (("ultraedit",), ("memit", "--set", "layers=0")):
+        done = place("prepare", method, *how, "--reference", reference, "--json")
+        assert done.status == 0 and done.data["cases"] == 0, done
+
+
 def test_a_bad_line_of_a_training_file_costs_itself_alone(place: Place, reference: Path, training: Path) -> None:
     lines = training.read_text().split("\n")
     long = json.dumps({"prompt": "The capital of Mauritius " * 90, "target": " Rome"})

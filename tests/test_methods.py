@@ -526,6 +526,14 @@ def test_some_of_both_stacks_is_edited() -> None:
     assert {w.split(".")[0] for w in weights} == {"encoder", "decoder"}
 
 
+def test_a_state_of_another_method_is_a_sentence(tiny_gpt2: Host) -> None:
+    run = Run(hold=TEXT * 4)
+    for name, other in (("memit", "ultraedit"), ("ultraedit", "memit")):
+        state = make(other, layers="0").prepare(tiny_gpt2, (), run)
+        with pytest.raises(InvalidExample, match=f"is one of {other} and knows no .*errata prepare {name}"):
+            make(name).edit(tiny_gpt2, (Example(prompt="Lily is", target=" late"),), replace(run, state=state))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_number_that_cannot_be_is_refused_by_name(name: str) -> None:
     """No setting is negative, and what is counted from one is not 0: else it would end somewhere inside a library."""

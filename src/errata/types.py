@@ -988,6 +988,11 @@ class Method(ABC):
         """Once for each base model. The default has nothing to prepare."""
         return None
 
+    @property
+    def reads_cases(self) -> bool:
+        """Whether `prepare` needs training cases: where all that they are for is to find layers, not if these are given."""
+        return not self.config.get("layers")
+
     @abstractmethod
     def edit(self, host: "Host", examples: tuple[Example, ...], run: Run) -> Patch:
         """A patch that fixes `examples`. Afterwards the host is bit-identical to what it was."""

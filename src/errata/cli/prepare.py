@@ -55,7 +55,7 @@ def prepare(
         host = bound_host(ledger, device, out) if name is None else load_host(name, device, out)
         if host.id != ledger.host:
             raise WrongBase(f"The ledger {ledger.path} is about {ledger.model} ({ledger.host}), {host.name} is {host.id}. Name its model.")
-        learning = training_cases(host, cases, n, out)
+        learning = training_cases(host, cases, n, out) if made.reads_cases or cases is not None else ()
         if begun is not None:
             out.note(f"Going on behind step {begun.config['step']}; --afresh would begin again.")
 

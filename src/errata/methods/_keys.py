@@ -66,7 +66,7 @@ def wanted(made: Method, name: str, host: Host, examples: tuple[Example, ...], r
     config = made.config
     still = quiet(host, examples, run, max(config["contexts"], held))
     found = places(host, examples, prefixes(still, config["contexts"]))
-    state = run.state or prepared(made, name, host, examples, run, width)
+    state = of_method(name, run.state, "layers") if run.state else prepared(made, name, host, examples, run, width)
     layers = layers_of(host, config["layers"]) if config["layers"] else [int(layer) for layer in state.config["layers"]]
     if width == 1 != len(layers):
         raise InvalidExample(f"{name} rewrites one layer, got {len(layers)}: {', '.join(map(str, layers))}. memit spreads over several.")
@@ -108,6 +108,15 @@ def state_for(
 def _cut(document: str) -> str:
     """A document's beginning, to be gone on with: what to trace where there is nothing else."""
     return document[:120].rpartition(" ")[0]
+
+
+def of_method(name: str, state: State, *needed: str) -> State:
+    """The state, if it was prepared for `name` or for a method that leaves as much behind. Raises InvalidExample."""
+    if missing := [key for key in needed if key not in state.config]:
+        raise InvalidExample(
+            f"State {state.id} is one of {state.method} and knows no {missing[0]}; {name} needs one that 'errata prepare {name}' has made."
+        )
+    return state
 
 
 def covariance_of(host: Host, state: State, module: str) -> Float[Tensor, "K K"]:

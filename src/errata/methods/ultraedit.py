@@ -60,6 +60,10 @@ class Ultraedit(Method):
                 f"ultraedit needs an eta and a lam over 0 and a ridge of 0 or more, got {self.eta}, {self.lam} and {self.ridge}."
             )
 
+    @property
+    def reads_cases(self) -> bool:
+        return False
+
     def _modules(self, host: Host) -> list[str]:
         layers = _keys.layers_of(host, self.layers) if self.layers else range(host.blocks // 2, host.blocks)
         return host.module_names((host.layout.mlp_out,), list(layers))
@@ -101,7 +105,7 @@ class Ultraedit(Method):
 
     def _known(self, host: Host, run: Run) -> tuple[dict[str, Prior], dict[str, float], _kept.Read, State]:
         """({module: its prior}, {module: what lam is multiplied with}, what makes keys and differences of rows, the state)."""
-        state = run.state or self.prepare(host, (), run)
+        state = _keys.of_method("ultraedit", run.state, "rows") if run.state else self.prepare(host, (), run)
         C = {module: _keys.covariance_of(host, state, module) for module in self._modules(host)}
         about = {
             m: (_moments(state, m, "k", C_KK), _moments(state, m, "v", C_KK), self.eta * _usual_output(host, m, C_KK))
