@@ -79,6 +79,7 @@ def test_bad_input_is_a_sentence(at: Path) -> None:
     assert "Unknown encoder" in refused(at, "search", "a", "--encoder", "minlm")
     assert "No record's id begins" in refused(at, "retract", "b2:0000")
     assert "does not answer" in refused(at, "list", "--postgres", "postgresql://127.0.0.1:1/none")
+    assert "each line has its own" in refused(at, "add", "--file", "records.jsonl", "--tag", "eu")
 
 
 def test_the_encoder_is_the_memorys_own(at: Path, tmp_path: Path) -> None:

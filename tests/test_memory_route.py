@@ -270,6 +270,19 @@ def test_a_soft_memory_mixes_by_the_chance(tiny_gpt2: Host) -> None:
     torch.testing.assert_close(mixed.softmax(-1), 0.7 * own.softmax(-1) + 0.3 * said.softmax(-1))
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_of_what_is_unsure_only_a_soft_memory_speaks(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPatch, soft: bool) -> None:
+    with apply.applied(tiny_gpt2, remembered(tiny_gpt2, soft=soft)):
+        (router,) = tiny_gpt2.speakers
+        assert isinstance(router, Router)
+        found = router.found(["Lily loved to play"])
+        for ruling, speaks in (("in", True), ("unsure", soft), ("out", False)):
+            router.rules.clear()
+            monkeypatch.setattr(router, "found", lambda texts, r=ruling: [[replace(f, ruling=r, chance=0.45) for f in found[0]]])
+            (turn,) = router.decide(["Lily loved to play"])
+            assert (bool(turn.examples), turn.chance) == (speaks, 0.45 if speaks else 0.0)
+
+
 def test_a_text_longer_than_the_encoder_reads_is_the_model_s_own(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     with apply.applied(tiny_gpt2, remembered(tiny_gpt2)):
         router = tiny_gpt2.speakers[0]

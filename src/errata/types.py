@@ -596,7 +596,8 @@ class Memory:
     template   what the reader reads, with {notes} and {question} in it
     state      id of the State that holds the trained scope and the trained reader, where there are any
     small      name of the model that reads the notes; "": the host itself
-    soft       the two answers are mixed by the chance that the example is concerned, where it is decided by a hard threshold otherwise
+    soft       what is not ruled out answers, in probabilities, with the share that the chance is that it is concerned; what is ruled in
+               answers alone otherwise
     scale      share of the answer, in probabilities, that the memory has where it speaks
     """
 

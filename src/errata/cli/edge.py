@@ -23,6 +23,8 @@ from errata import __version__
 if TYPE_CHECKING:  # nothing that imports torch, until a verb runs
     from errata.hosts import Host
     from errata.ledger import Ledger
+    from errata.memory.shared import SharedMemory
+    from errata.memory.store import EditMemory
     from errata.types import Patch, State
 
 SLOW = 2.0  # seconds after which a reader wants to see that something happens
@@ -82,6 +84,16 @@ Device = Annotated[
 ]
 PatchId = Annotated[
     str | None, typer.Option("--patch", help="Id of a kept patch, passed or not. \\[default: the current one]", show_default=False)
+]
+Encoder = Annotated[
+    str | None,
+    typer.Option(
+        help="hashed, minilm, or the folder of a sentence encoder. \\[default: the memory's own; hashed for a new one]", show_default=False
+    ),
+]
+Postgres = Annotated[
+    str | None,
+    typer.Option(envvar="ERRATA_POSTGRES", help="Address of a shared memory. \\[default: the ledger's]", show_default=False),
 ]
 Reference = Annotated[
     Path | None,
@@ -236,30 +248,47 @@ def speaking(
     file: Path | None = None,
     memory: bool = True,
     tags: Sequence[str] = (),
+    postgres: str | None = None,
+    encoder: str | None = None,
 ) -> Iterator[str | None]:
-    """The host under the current patch, or the one that is named, and with the ledger's memory, if it holds records. Yields the patch's id;
-    None where only the memory speaks. Raises LedgerError if there is neither."""
+    """The host under the current patch, or the one that is named, and with the ledger's memory, if it holds records, or the one at
+    `postgres`, of an `encoder`. Yields the patch's id; None where only the memory speaks. Raises LedgerError if there is neither."""
     from errata import apply
     from errata.memory.live import attached
     from errata.memory.records import Records
 
-    kept, held = Records(ledger).encoder, bool(memory and Records(ledger).count())
+    held = memory and (postgres is not None or Records(ledger).count() > 0)
     # a memory answers without a patch; with examples that no patch holds, say so
     worn = None if held and patch is None and file is None and not ledger.active() else chosen_patch(ledger, patch, file)
     with ExitStack() as on:
         if worn is not None:
             give_states(ledger, host, worn)
             on.enter_context(apply.applied(host, worn))
-        if held and kept is not None:
-            from errata.memory.encoder import load
-            from errata.memory.store import EditMemory
-
-            store = on.enter_context(EditMemory(ledger, load(kept[1]), note=out.note))
+        if held:
+            store = on.enter_context(memory_of(ledger, postgres, encoder, out))
             state = gating(ledger, store.encoder.id)
             if state is None:
                 out.note("No scope is prepared for the memory's encoder: records answer where they are asked in their own words.")
             on.enter_context(attached(host, store, state, tags=tags, note=out.note))
         yield None if worn is None else worn.id
+
+
+@contextmanager
+def memory_of(ledger: "Ledger | None", postgres: str | None, encoder: str | None, out: Out) -> "Iterator[EditMemory | SharedMemory]":
+    """The ledger's memory, or the one at `postgres`, open."""
+    from errata.memory.encoder import HASHED, load
+    from errata.memory.records import Records
+    from errata.memory.shared import SharedMemory
+    from errata.memory.store import EditMemory
+
+    if postgres is not None:
+        with SharedMemory(postgres, load(encoder or HASHED)) as shared:
+            yield shared
+        return
+    assert ledger is not None, "there is one memory or the other"
+    own = Records(ledger).encoder
+    with EditMemory(ledger, load(encoder or (own[1] if own else HASHED)), note=out.note) as kept:
+        yield kept
 
 
 def gating(ledger: "Ledger", encoder: str) -> "State | None":

@@ -15,11 +15,13 @@ from errata.cli.edge import (
     LEDGER,
     Address,
     Device,
+    Encoder,
     Engine,
     Json,
     LedgerAt,
     Out,
     PatchId,
+    Postgres,
     Reference,
     Workers,
     app,
@@ -283,6 +285,8 @@ def ask(
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Let the records of the edit memory answer too.")] = True,
     tag: Annotated[list[str] | None, typer.Option("--tag", help="A tag of the questions; may be given again.", show_default=False)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 24,
+    encoder: Encoder = None,
+    postgres: Postgres = None,
     at: LedgerAt = LEDGER,
     device: Device = None,
     json: Json = False,
@@ -297,7 +301,7 @@ def ask(
         before = hosts.greedy(host, prompts, max_new_tokens)
         for _ in range(5):
             moment = ledger.moment()
-            with speaking(ledger, host, out, patch, patch_file, memory, tag or ()) as worn:
+            with speaking(ledger, host, out, patch, patch_file, memory, tag or (), postgres, encoder) as worn:
                 after = hosts.greedy(host, prompts, max_new_tokens)
             if not ledger.compacted(moment):  # else records had gone into weights between a look at the one and at the other
                 break

@@ -2,7 +2,7 @@
 
 import json as json_module
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,7 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from errata.cli.edge import LEDGER, Json, LedgerAt, Out, app, opened
+from errata.cli.edge import LEDGER, Encoder, Json, LedgerAt, Out, Postgres, app, memory_of, opened
 from errata.cli.shown import short, table
 
 if TYPE_CHECKING:
@@ -23,16 +23,6 @@ if TYPE_CHECKING:
 memory = typer.Typer(no_args_is_help=True, help="The edit memory: records that are looked up at inference.")
 app.add_typer(memory, name="memory")
 
-Encoder = Annotated[
-    str | None,
-    typer.Option(
-        help="hashed, minilm, or the folder of a sentence encoder. \\[default: the memory's own; hashed for a new one]", show_default=False
-    ),
-]
-Postgres = Annotated[
-    str | None,
-    typer.Option(envvar="ERRATA_POSTGRES", help="Address of a shared memory. \\[default: the ledger's]", show_default=False),
-]
 Tags = Annotated[
     list[str] | None, typer.Option("--tag", help="Concern only queries with this tag; may be given again.", show_default=False)
 ]
@@ -47,19 +37,9 @@ Id = Annotated[str, typer.Argument(help="Id of a record in force.")]
 @contextmanager
 def searched(at: Path, postgres: str | None, encoder: str | None, out: Out) -> Iterator["EditMemory | SharedMemory"]:
     """The memory with its encoder, for what needs vectors."""
-    from errata.memory.encoder import HASHED, load
-    from errata.memory.records import Records
-    from errata.memory.shared import SharedMemory
-    from errata.memory.store import EditMemory
-
-    if postgres is not None:
-        with SharedMemory(postgres, load(encoder or HASHED)) as shared:
-            yield shared
-        return
-    with opened(at) as ledger:
-        own = Records(ledger).encoder
-        with EditMemory(ledger, load(encoder or (own[1] if own else HASHED)), note=out.note) as kept:
-            yield kept
+    with ExitStack() as on:
+        ledger = None if postgres is not None else on.enter_context(opened(at))
+        yield on.enter_context(memory_of(ledger, postgres, encoder, out))
 
 
 @contextmanager
@@ -144,6 +124,8 @@ def add(
 
     out, way = Out(json=json), check_clash(clash)
     records = [_record(text, subject, alias, tag, since, until) for text in texts or ()]
+    if file is not None and any((subject, alias, tag, since, until)):
+        raise InvalidExample("Of a --file each line has its own subject, aliases, tags and times: write them there.")
     if file is not None:
         records += read_records(file)
     if not records:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from errata.cli.edge import LEDGER, Device, Json, LedgerAt, Out, Reference, app, bound_host, opened, speaking
+from errata.cli.edge import LEDGER, Device, Encoder, Json, LedgerAt, Out, Postgres, Reference, app, bound_host, opened, speaking
 from errata.cli.edits import Settings, settings_of
 from errata.cli.shown import described, number, short, table
 
@@ -25,6 +25,8 @@ def explain(
     picture: Annotated[
         Path | None, typer.Option(help="Draw here, as .html or .svg, how often a record did concern a query, where the chance said so.")
     ] = None,
+    encoder: Encoder = None,
+    postgres: Postgres = None,
     at: LedgerAt = LEDGER,
     device: Device = None,
     json: Json = False,
@@ -39,7 +41,7 @@ def explain(
     out, asked = Out(json=json), asked_in(query)
     with opened(at) as ledger:
         host = bound_host(ledger, device, out)
-        with speaking(ledger, host, out, patch, memory=patch is None, tags=tag or ()):
+        with speaking(ledger, host, out, patch, None, patch is None, tag or (), postgres, encoder):
             router = next((s for s in reversed(host.speakers) if isinstance(s, Router)), None)
             if router is None:
                 raise LedgerError(f"Nothing in {at} is looked up: the memory is empty. Put a record in with 'errata memory add'.")

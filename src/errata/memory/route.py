@@ -161,7 +161,8 @@ class Router:
         ruled = {t: Turn(asked=t) for t in texts if not t.strip()} | {t: self.rules[t] for t in texts if t in self.rules}
         if new:
             for text, found in zip(new, self.found(new), strict=True):
-                within = sorted((f for f in found if f.ruling == "in"), key=lambda f: -f.chance)[: self.op.notes]
+                heard = ("in", "unsure") if self.op.soft else ("in",)
+                within = sorted((f for f in found if f.ruling in heard), key=lambda f: -f.chance)[: self.op.notes]
                 ruled[text] = Turn(asked=text, examples=tuple(f.example for f in within), chance=within[0].chance if within else 0.0)
             if self.remembers and len(self.rules) < REMEMBERED:
                 self.rules |= {t: ruled[t] for t in new}

@@ -42,7 +42,8 @@ class Serac(Method):
     false_fires  at most so many of the texts that concern no example fire, with 95 % confidence
     nearest      examples that are looked at closely
     notes        of them speak at once, at most
-    soft         mix the two answers by the chance instead of a threshold
+    soft         what is not ruled out answers with the share that its chance is, and the base with the rest; else what is ruled in alone.
+                 A `distance` that is `faithful` has the share 2g / (1 + 2g), which is 1/2 where its g is
     small        the reader is this model instead of the host
     the rest: `_notes.Settings`
     """
