@@ -6,9 +6,11 @@ Random weights (what they say does not matter for time): 28 blocks of width 4,09
     rows       keys and value gradients, forwards and back   floor: the same texts through `bench/edit_floor.py`'s lean pass
     network    the hypernetwork on all rows                  floor: its matrix products alone
     solve      the sums and their solution                   floor: one product K^T K and one Cholesky factor of it, of the same size
-    model      a step's losses with S in the weights, forwards and back; the pass of the rows is the least that they can cost
+    model      of a step: its losses with S in the weights, forwards and back   floor: the lean pass over as many of its texts
 
-No budget is looked at (`held` = 0), no other phrasings are sought (`restated` = 0), and one round is taken.
+Of the step "the rest" is what no part names: the network backwards, Adam, and what it draws. Its rows take no time where they are
+remembered from what came before (a model this large has too many for that). No budget is looked at (`held` = 0), no other phrasings are
+sought (`restated` = 0), and one round is taken.
 """
 
 import time
@@ -48,15 +50,17 @@ def main() -> None:
     made = methods.make("malmen", modules=",".join(modules), held=0, restated=0, rounds=1, steps=1, **size)
     about = f"{n} facts, {EDITED} modules of {host.model.get_parameter(f'{modules[0]}.weight').numel() / 1e6:.1f} M weights, {device}"
 
-    with clocked(device) as spent:
+    with clocked(device) as spent, stepping(device, spent) as step:
         start = seconds(device)
         state = made.prepare(host, learning, Run(hold=hold, seed=args.seed))
         whole = seconds(device) - start
     assert state is not None
-    parts = {k: v for k, v in spent.items() if k != "solve backwards"} | {"solve": spent["solve"] + spent["solve backwards"]}
-    told = ", ".join(f"{k} {v:.2f} s" for k, v in parts.items())
-    emit(args, "one step of meta-training, with what comes before and after it (s)", whole, None, f"{len(learning)} cases; {told}; {about}")
+    told = ", ".join(f"{k} {v:.2f} s" for k, v in spent.items())
+    emit(args, "meta-training of one step, with what comes before and after it (s)", whole, None, f"{len(learning)} cases; {told}; {about}")
     emit(args, "the same, peak memory (MB)", evaluate.peak_mb(host.device), None, "of the process, or of the GPU's allocator")
+    together = tuple(c.example for c in learning[: size["most"]])
+    against_floors(args, "a step", step, state, host, modules, together, asked=made.config["asked"])
+    emit(args, "a step: the rest (s)", step["whole"] - sum(v for k, v in step.items() if k != "whole"), None, f"of {step['whole']:.2f} s")
 
     run = Run(hold=hold, state=state, seed=args.seed)
     made.edit(host, examples[:16], run)
@@ -66,17 +70,44 @@ def main() -> None:
         whole = seconds(device) - start
     emit(args, "an edit (s)", whole, None, about)
     emit(args, "the same, peak memory (MB)", evaluate.peak_mb(host.device), None, "of the process, or of the GPU's allocator")
-    rows = sum(len(hosts.encode(host, e.prompt, e.target)[0]) - hosts.encode(host, e.prompt, e.target)[1] for e in examples)
+    against_floors(args, "an edit", spent, state, host, modules, examples)
+
+
+def against_floors(args, what: str, spent: dict[str, float], state: Any, host: Host, modules: list[str], examples, asked: int = 0) -> None:
+    """Each part of what was spent on the examples, beside the least that it can cost; with `asked` prompts of each, the losses too."""
+    rows = sum(len(hosts.encode(host, e.prompt, e.target)[0]) - 1 for e in examples)  # one at every token that something follows
     least = {
         "rows": lambda: floor(host, examples, modules),
         "network": lambda: products(state, host, modules, rows),
         "solve": lambda: solutions(state, host, modules, rows),
     }
+    if asked:
+        least["model"] = lambda: [floor(host, examples, modules) for _ in range(asked)]
     for part, work in least.items():
-        start = seconds(device)
+        start = seconds(str(host.device.type))
         work()
-        lean = seconds(device) - start
-        emit(args, f"an edit: {part} / its floor", spent[part] / lean, None, f"{spent[part]:.2f} s against {lean:.2f} s; {rows} rows")
+        lean, own = seconds(str(host.device.type)) - start, spent[part] + spent.get(f"{part} backwards", 0.0)
+        emit(args, f"{what}: {part} / its floor", own / lean, None, f"{own:.2f} s against {lean:.2f} s; {rows} rows")
+
+
+@contextmanager
+def stepping(device: str, spent: dict[str, float]) -> Iterator[dict[str, float]]:
+    """What is spent inside one step alone, and in it as a whole."""
+    found: dict[str, float] = {}
+    stepped = _meta.School.stepped
+
+    def timed(self: _meta.School, point: _meta.Point) -> _meta.Point:
+        before, start = dict(spent), seconds(device)
+        try:
+            return stepped(self, point)
+        finally:
+            found.update({part: spent[part] - before[part] for part in spent} | {"whole": seconds(device) - start})
+
+    _meta.School.stepped = timed  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        _meta.School.stepped = stepped  # type: ignore[method-assign]
 
 
 def random_host(size: dict[str, int], device: str, dtype: torch.dtype) -> Host:
