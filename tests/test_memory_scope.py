@@ -133,7 +133,8 @@ def test_what_the_first_distance_rules_out_is_not_looked_at_and_nothing_else_cha
     queries = [q for x in lessons for q in (*x.inside, *x.outside)]
     found = proposals(queries, lessons, trained.encoder, k=8)
     pairs = [Pair(c.question, c.answer, query) for query, some in zip(queries, found, strict=True) for c in some]
-    whole = scopes._sigmoid(scopes._scores(trained.verifiers, pairs, trained.encoder) @ np.array(trained.slopes) + trained.shift)
+    x = scopes._scores(trained.verifiers, pairs, trained.encoder) @ np.array(trained.slopes) + trained.shift
+    whole = scopes._sigmoid(x + trained.beside * scopes.follows(pairs, [scopes.bare(p) for p in pairs]))
     looked: list[Pair] = []
     second = scopes.Distance.second
 
@@ -278,21 +279,29 @@ def test_platt_finds_the_chance_that_the_pairs_were_drawn_with() -> None:
     rng = np.random.default_rng(0)
     scores = rng.normal(3, 2, 20_000)
     concerned = rng.random(20_000) < 1 / (1 + np.exp(-(1.5 * scores - 6)))
-    (slope,), shift = platt(scores[:, None], concerned)
+    none = np.zeros(len(scores))
+    (slope,), shift, beside = platt(scores[:, None], concerned, none)
+    assert beside == 0
     assert abs(slope - 1.5) < 0.1 and abs(shift + 6) < 0.4
     apart, which = np.array([-9.0, -8.0, 8.0, 9.0]), np.array([False, False, True, True])
-    (slope,), shift = platt(apart[:, None], which)
+    (slope,), shift, _ = platt(apart[:, None], which, np.zeros(4))
     chances = 1 / (1 + np.exp(-(slope * apart + shift)))
     assert chances[0] > 0.01 and chances[-1] < 0.99 and np.all(np.diff(chances) > 0)  # four pairs do not make anything certain
-    assert 0 < platt(-apart[:, None], which)[0][0] < 1e-3  # a verifier that has learnt the wrong way round is not believed at all
+    assert (
+        0 < platt(-apart[:, None], which, np.zeros(4))[0][0] < 1e-3
+    )  # a verifier that has learnt the wrong way round is not believed at all
     noise = rng.normal(size=20_000)
-    (slope, beside), _ = platt(np.stack([scores, noise], 1), concerned)
-    assert abs(slope - 1.5) < 0.1 and 0 <= beside < 0.1
-    against = platt(np.stack([scores, noise - concerned], 1), concerned)
+    (slope, other), *_ = platt(np.stack([scores, noise], 1), concerned, none)
+    assert abs(slope - 1.5) < 0.1 and 0 <= other < 0.1
+    against = platt(np.stack([scores, noise - concerned], 1), concerned, none)
     assert against[0][1] == 0  # it says no where it should say yes
     for few in (np.zeros((0, 1)), np.ones((3, 1)), np.zeros((0, 2))):
-        slopes, shift = platt(few, np.ones(len(few), dtype=bool))
-        assert all(map(math.isfinite, (*slopes, shift)))
+        slopes, shift, beside = platt(few, np.ones(len(few), dtype=bool), np.ones(len(few)))
+        assert all(map(math.isfinite, (*slopes, shift, beside)))
+    follows = (rng.random(20_000) < 0.1).astype(float)
+    concerned = rng.random(20_000) < 1 / (1 + np.exp(-(1.5 * scores - 6 + 2 * follows)))
+    (slope,), shift, beside = platt(scores[:, None], concerned, follows)
+    assert abs(slope - 1.5) < 0.1 and abs(shift + 6) < 0.4 and abs(beside - 2) < 0.3
 
 
 def test_chances_are_shares() -> None:
@@ -362,6 +371,7 @@ def test_where_the_query_names_the_answer_alone_that_is_taken_out() -> None:
     assert bare(both) == ("What is the capital of X?", "Port Louis", "Is Port Louis the capital of X?")
     neither = asked._replace(query="Who lives in Rome?")
     assert bare(neither) == neither
+    assert scopes.follows([asked, both, neither], [bare(p) for p in (asked, both, neither)]).tolist() == [1, 0, 0]
 
 
 def test_cross_learns_loads_again_and_leaves_the_words_alone(tmp_path: Path) -> None:

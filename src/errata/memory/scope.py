@@ -20,7 +20,8 @@ of scope. Unlike there,
 * the first distance is between the questions alone, as the index has them; the answer is read beside z', for "X plays" asks for an
   instrument, a position or a kind of music, and the answer says which;
 * a probability is not g itself but what lessons that were held back say of it (Platt 1999), over the candidates that an index gives. A
-  cross has a distance beside it that is trained on its own, and both are weighed there: they err on other pairs;
+  cross has a distance beside it that is trained on its own, and both are weighed there: they err on other pairs. A query that shares no
+  name with the question and one with the answer (`follows`) asks for what follows, in other words: such pairs have a shift of their own;
 * what fires is bounded: of queries that concern no record, counted over the whole memory, at most `false_fires` with 95 % confidence
   (Clopper & Pearson 1934). That takes queries as drawn on their own; those of one lesson resemble each other.
 
@@ -56,6 +57,7 @@ HARDNESS = 0.1  # temperature at which records near a query are drawn
 LEAST = 4  # lessons that there must be
 CONFIDENCE = 0.95
 REMEMBERED = 1 << 18  # texts whose vectors are kept
+FEW_FOLLOW = 0.1  # decay of `beside`: where next to no pair follows nothing is known of such
 NEVER_NEAR, MARGIN = 0.002, 0.05  # `near` lies so far below what all but such a share of the queries in scope reach
 
 
@@ -175,6 +177,17 @@ def bare(pair: Pair, capitals: Callable[[str], frozenset[str]] | None = None) ->
     return Pair(pair.question, answer, query)
 
 
+def _all_bare(pairs: Sequence[Pair]) -> list[Pair]:
+    """Looking for names takes most of the time of a closed gate."""
+    capitals = functools.cache(_capitals)  # one query stands beside many records
+    return [bare(pair, capitals) for pair in pairs]
+
+
+def follows(pairs: Sequence[Pair], without: Sequence[Pair]) -> Float64[np.ndarray, "P"]:
+    """1 for each pair that is `without` the name of its answer: it may ask for what follows."""
+    return np.array([a.question == b.question and a.answer != b.answer for a, b in zip(pairs, without, strict=True)], dtype=float)
+
+
 def _is_name(a: Sequence[re.Match[str]], i: int, b: Sequence[re.Match[str]], j: int) -> bool:
     """Whether a word that both texts have is written as one in both."""
     first, second = a[i][0], b[j][0]
@@ -200,17 +213,15 @@ class Distance(nn.Module):
         self.transformer = None if backbone is None else backbone.model
 
     def forward(self, pairs: Sequence[Pair], encoder: Encoder) -> Float[Tensor, "P"]:
-        return self.first(pairs, encoder) + self.second(pairs, encoder)
+        return self.first(pairs, encoder) + self.second(_all_bare(pairs), encoder)
 
     def first(self, pairs: Sequence[Pair], encoder: Encoder) -> Float[Tensor, "P"]:
         """The first distance alone, which no score is above."""
         return self._of(0, [(pair.question, pair.query) for pair in pairs], encoder)
 
     def second(self, pairs: Sequence[Pair], encoder: Encoder) -> Float[Tensor, "P"]:
-        """What the second distance takes away. It looks at the names, which takes most of the time."""
-        capitals = functools.cache(_capitals)  # one query stands beside many records
-        without = (bare(pair, capitals) for pair in pairs)
-        return self._of(1, [(told(own.question, own.answer), own.query) for own in without], encoder)
+        """What the second distance takes away, of pairs that are `bare`."""
+        return self._of(1, [(told(pair.question, pair.answer), pair.query) for pair in pairs], encoder)
 
     def _of(self, i: int, texts: Sequence[tuple[str, str]], encoder: Encoder) -> Float[Tensor, "P"]:
         place = {text: n for n, text in enumerate(dict.fromkeys(text for two in texts for text in two))}
@@ -345,6 +356,7 @@ class Scope:
     leave        chance up to which it is out; between the two it is unsure
     verifiers    one, or for cross two
     slopes, shift  a chance is sigmoid(slopes . scores of the verifiers + shift)
+    beside       what is added to the shift of a pair that `follows`
     false_fires  with 95 % confidence no more of the queries that concern no record fire
     held         what came of the chances of the pairs that were held back (`report.reliability_chart`)
     """
@@ -357,6 +369,7 @@ class Scope:
     slopes: tuple[float, ...]
     shift: float
     false_fires: float
+    beside: float = 0.0
     held: tuple[Tenth, ...] = ()
 
     def judge(self, queries: Sequence[str], candidates: Sequence[Sequence[Candidate]]) -> list[list[Judged]]:
@@ -382,14 +395,17 @@ class Scope:
         """Those of the pairs; 0 where it is known without a look at the names that it is out."""
         slopes, last = np.array(self.slopes), self.verifiers[-1]
         if not pairs or not isinstance(last, Distance) or last.backbone is not None:
-            return _sigmoid(_scores(self.verifiers, pairs, self.encoder) @ slopes + self.shift)
-        scores_P = last.first(pairs, self.encoder).double().cpu().numpy()
-        (looked,) = np.nonzero(_sigmoid(scores_P * slopes[-1] + self.shift) > self.leave * (1 - 1e-5))  # rounding puts none of them out
+            x_P = _scores(self.verifiers, pairs, self.encoder) @ slopes + self.shift
+            return _sigmoid(x_P + self.beside * follows(pairs, _all_bare(pairs)))
+        first_P = last.first(pairs, self.encoder).double().cpu().numpy() * slopes[-1] + self.shift
+        (looked,) = np.nonzero(_sigmoid(first_P + max(0.0, self.beside)) > self.leave * (1 - 1e-5))  # rounding puts none of them out
         out = np.zeros(len(pairs))
         if not len(looked):
             return out
-        scores_P[looked] += last.second([pairs[n] for n in looked.tolist()], self.encoder).double().cpu().numpy()
-        out[looked] = _sigmoid(scores_P[looked] * slopes[-1] + self.shift)
+        near = [pairs[n] for n in looked.tolist()]
+        without = _all_bare(near)
+        second_P = last.second(without, self.encoder).double().cpu().numpy() * slopes[-1]
+        out[looked] = _sigmoid(first_P[looked] + second_P + self.beside * follows(near, without))
         return out
 
     def _judged(self, chance: float) -> Judged:
@@ -402,7 +418,7 @@ class Scope:
             **{"verifier": last.kind, "encoder": self.encoder.name, "encoder_id": self.encoder.id},
             **{"backbone": "" if last.backbone is None else last.backbone.name},
             **{"backbone_id": "" if last.backbone is None else last.backbone.id},
-            **{name: float(getattr(self, name)) for name in NUMBERS},
+            **{name: float(getattr(self, name)) for name in (*NUMBERS, "beside")},
             "slopes": list(self.slopes),
             "held": [list(tenth) for tenth in self.held],
         }
@@ -438,7 +454,7 @@ def from_parts(config: Mapping[str, Any], tensors: Mapping[str, Tensor], device:
                 p.copy_(tensors[name])
         for verifier in verifiers:
             verifier.eval().requires_grad_(False)
-        numbers = {name: config[name] for name in NUMBERS}
+        numbers = {name: config[name] for name in NUMBERS} | {"beside": config.get("beside", 0.0)}
         held = tuple((float(mean), int(n), int(so)) for mean, n, so in config.get("held", ()))
         return Scope(encoder=encoder, verifiers=verifiers, slopes=tuple(config["slopes"]), held=held, **numbers)
     except KeyError as e:
@@ -723,8 +739,9 @@ def _calibrated(
             stray.append([n for n, own in zip(numbers, right, strict=True) if not own])
     scores_PK = _scores(verifiers, pairs, remembering)
     concerned_P = np.array(concerned, dtype=bool)
-    slopes, shift = platt(scores_PK, concerned_P)
-    chances_P = _sigmoid(scores_PK @ np.array(slopes) + shift)
+    follows_P = follows(pairs, _all_bare(pairs))
+    slopes, shift, beside = platt(scores_PK, concerned_P, follows_P)
+    chances_P = _sigmoid(scores_PK @ np.array(slopes) + shift + beside * follows_P)
     fired = np.array([chances_P[numbers].max(initial=0.0) for numbers in stray])
     certain, bound = above(fired, false_fires)
     enough = -above(-chances_P[concerned_P], false_fires)[0]  # all but so many of the pairs in scope lie above it
@@ -740,6 +757,7 @@ def _calibrated(
         verifiers=verifiers,
         slopes=slopes,
         shift=shift,
+        beside=beside,
         false_fires=bound,
         held=tenths(chances_P, concerned_P),
     )
@@ -751,9 +769,12 @@ def tenths(chances_P: Chances, concerned_P: Bool[np.ndarray, "P"]) -> tuple[Tent
     return tuple((float(chances_P[of_P == t].mean()), int((of_P == t).sum()), int(concerned_P[of_P == t].sum())) for t in np.unique(of_P))
 
 
-def platt(scores_PK: Scores, concerned_P: Bool[np.ndarray, "P"]) -> tuple[tuple[float, ...], float]:
-    """(slopes, shift) so that sigmoid(slopes . scores + shift) is the chance of being concerned (Platt 1999, with his targets: a few
-    held-out pairs that are all told apart do not make a chance of 1). No slope is negative: a verifier is believed or left out."""
+def platt(
+    scores_PK: Scores, concerned_P: Bool[np.ndarray, "P"], follows_P: Float64[np.ndarray, "P"]
+) -> tuple[tuple[float, ...], float, float]:
+    """(slopes, shift, beside) so that sigmoid(slopes . scores + shift + beside * follows) is the chance of being concerned (Platt 1999,
+    with his targets: a few held-out pairs that are all told apart do not make a chance of 1). No slope is negative: a verifier is believed
+    or left out."""
     yes = int(concerned_P.sum())
     no = len(concerned_P) - yes
     wanted_P = np.where(concerned_P, (yes + 1) / (yes + 2), 1 / (no + 2))
@@ -762,20 +783,20 @@ def platt(scores_PK: Scores, concerned_P: Bool[np.ndarray, "P"]) -> tuple[tuple[
         middle_K, spread_K = scores_PK.mean(0), scores_PK.std(0) + 1e-9
     kept = list(range(scores_PK.shape[1]))
     while True:
-        x_PK = np.column_stack([(scores_PK[:, kept] - middle_K[kept]) / spread_K[kept], np.ones(len(scores_PK))])
-        w_K = _newton(x_PK, wanted_P)
-        if len(kept) == 1 or (w_K[:-1] >= 0).all():
+        x_PK = np.column_stack([(scores_PK[:, kept] - middle_K[kept]) / spread_K[kept], follows_P, np.ones(len(scores_PK))])
+        w_K = _newton(x_PK, wanted_P, np.array([1e-6] * len(kept) + [FEW_FOLLOW, 1e-6]))
+        if len(kept) == 1 or (w_K[:-2] >= 0).all():
             break
-        kept = [k for k, w in zip(kept, w_K[:-1].tolist(), strict=True) if w >= 0] or kept[-1:]
+        kept = [k for k, w in zip(kept, w_K[:-2].tolist(), strict=True) if w >= 0] or kept[-1:]
     slopes_K = np.zeros(scores_PK.shape[1])
-    slopes_K[kept] = np.maximum(w_K[:-1], 1e-6) / spread_K[kept]
-    return tuple(slopes_K.tolist()), float(w_K[-1] - slopes_K @ middle_K)
+    slopes_K[kept] = np.maximum(w_K[:-2], 1e-6) / spread_K[kept]
+    return tuple(slopes_K.tolist()), float(w_K[-1] - slopes_K @ middle_K), float(w_K[-2])
 
 
-def _newton(x_PK: Scores, wanted_P: Chances) -> Float64[np.ndarray, "K"]:
-    """The weights of a logistic regression, by Newton's steps; as good as not decayed."""
+def _newton(x_PK: Scores, wanted_P: Chances, decay_K: Float64[np.ndarray, "K"]) -> Float64[np.ndarray, "K"]:
+    """The weights of a logistic regression, by Newton's steps; each has its decay."""
     w_K = np.zeros(x_PK.shape[1])
-    decay = 1e-6 * np.eye(len(w_K))
+    decay = np.diag(decay_K)
     for _ in range(100):
         chance_P = _sigmoid(x_PK @ w_K)
         gradient_K = x_PK.T @ (chance_P - wanted_P) + decay @ w_K

@@ -104,7 +104,8 @@ def scoped(cases: Iterable[Case | ScopeCase], run: Run, made: Mapping[str, Any],
     # g > 1/2, where a score is the logit of g, or log g
     half = math.nextafter(0.5, 1.0)
     slopes = (*[0.0] * (len(scope.slopes) - 1), 1.0)  # the verifier alone
-    return replace(scope, near=-1.0, fire=half, leave=half, slopes=slopes, shift=0.0 if verifier == "cross" else math.log(2), held=())
+    shift = 0.0 if verifier == "cross" else math.log(2)
+    return replace(scope, near=-1.0, fire=half, leave=half, slopes=slopes, shift=shift, beside=0.0, held=())
 
 
 def with_scope(state: State, scope: Scope) -> State:
