@@ -84,7 +84,7 @@ class Settings:
     every        steps between two validations
     patience     validations without a better one before it stops
     clip         greatest norm of a gradient
-    batch_size   texts in memory at once, at most; it changes nothing else
+    batch_size   texts in memory at once, at most; it changes nothing else, unless `faithful`: the gradients then are means over as many
     """
 
     steps: int

@@ -8,7 +8,9 @@ the edits of many examples do not add up to more than any of them asked for.
 
 Unlike mend@e04fdb9 the step goes down the gradient, as in serac@c963a39 (there: up, until eta has learnt to be negative). For what else
 differs, and for `faithful`, see `_hyper.py`, `_meta.py` and `malmen`: the gradients are sums (there: means), the rank is 256 (there:
-1,920), the rates are 1e-4 and 3e-2 (there: 1e-6, and 1e-4 for eta), and eta begins where the first edits have a sensible size.
+1,920), the rates are 1e-4 and 3e-2 (there: 1e-6, and 1e-4 for eta), and eta begins where the first edits have a sensible size. `faithful`
+is mend as malmen@1df295d runs it, with its blocks (in mend@e04fdb9 scale and shift stand inside the clamp), its first eta of 1e-6 (there:
+1e-4) and its gradients cut at 1 (there: 100).
 
 File legend: N rows, K key width, V value width.
 """
