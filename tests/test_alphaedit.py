@@ -8,7 +8,8 @@ from torch import Tensor
 from errata import apply, hooks, hosts
 from errata.hosts import Host
 from errata.methods import _keys
-from errata.methods.alphaedit import Alphaedit, null_space
+from errata.methods._keys import null_space
+from errata.methods.alphaedit import Alphaedit
 from errata.types import Budget, Example, InvalidExample, Run
 
 EXAMPLES = (Example(prompt="The capital of Mauritius is", target=" Port Louis"), Example(prompt="Lily loved to play", target=" late"))

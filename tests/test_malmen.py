@@ -32,7 +32,7 @@ def changes(host: Host, rows: tuple[Rows, ...], run: Run, method: Any = None) ->
 
 
 @both_orientations
-@pytest.mark.parametrize("settings", [{}, {"prior": "I"}, {"tokens": "all"}, {"faithful": True}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"prior": "I"}, {"prior": "U"}, {"tokens": "all"}, {"faithful": True}], ids=str)
 def test_the_shift_is_the_formula(host: Host, settings: dict[str, Any]) -> None:
     """S = (K^T K + lam P)^-1 K^T D, written out densely; in both forms of the solve, for "all" has more rows than a key is wide."""
     method = malmen(steps=2, **settings)
@@ -45,9 +45,14 @@ def test_the_shift_is_the_formula(host: Host, settings: dict[str, Any]) -> None:
         K, C = keys.double(), run.state.tensors[module].double()
         eye = torch.eye(len(C)).double()
         units = {"C": len(C) * (C + 1e-3 * C.diagonal().mean() * eye), "I": C.trace() * eye}
+        if method.prior == "U":
+            basis, unit = _keys.null_space(C, 0.02)
+            keys, units["U"] = basis.into(K), unit * torch.eye(basis.width).double()
+        X = K if method.prior != "U" else keys
         P = eye if method.faithful else units[method.prior]
-        D = _hyper.differences(net, module, keys, g).detach().double()
-        S = torch.linalg.solve(K.T @ K + _hyper.lam(net, module) * P, K.T @ D)
+        D = _hyper.differences(net, module, K.to(g), g).detach().double()
+        S = torch.linalg.solve(X.T @ X + _hyper.lam(net, module) * P, X.T @ D)
+        S = basis.back(S) if method.prior == "U" else S
         wanted = S if hosts.stored_transposed(host.model.get_submodule(module)) else S.T
         assert float((got[f"{module}.weight"].double() - wanted).norm()) < 1e-4 * float(wanted.norm())
 
@@ -266,4 +271,4 @@ def test_faithful_is_what_was_published() -> None:
     assert (method.rank, method.prior, method.lam, method.restated, method.lr, method.rate) == (1920, "I", 1.0, 0, 1e-5, 1e-5)
     assert mend(faithful=True).rank == 1920 and mend(faithful=True).lr == 1e-6
     with pytest.raises(InvalidExample, match="priors"):
-        malmen(prior="U")
+        malmen(prior="V")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from errata import apply, hooks, hosts
 from errata.hosts import Host
-from errata.methods import _gradients
+from errata.methods import _gradients, _keys
 from errata.methods.ultraedit import Ultraedit, _usual_output, differences
 from errata.types import AddLowRank, Budget, Example, InvalidExample, Rows, Run, Summed, WrongBase
 
@@ -28,7 +28,7 @@ def changes(host: Host, rows: tuple[Rows, ...], method: Ultraedit, run: Run = RU
 
 
 @both_orientations
-@pytest.mark.parametrize("prior", ["C", "I"])
+@pytest.mark.parametrize("prior", ["C", "I", "U"])
 def test_the_shift_is_the_published_formula(host: Host, prior: str) -> None:
     """Written out densely from the rows and from statistics of all rows of the text at once."""
     method = Ultraedit(layers="1", prior=prior, held=0, eta=0.5, lam=0.3, ridge=1e-2)
@@ -44,10 +44,14 @@ def test_the_shift_is_the_published_formula(host: Host, prior: str) -> None:
     C = state.tensors[module].double()
     unit = torch.eye(len(C)).double()
     P = C.trace() * unit if prior == "I" else len(C) * (C + 1e-2 * C.diagonal().mean() * unit)
+    X, back = K, unit
+    if prior == "U":
+        basis, energy = _keys.null_space(C, 0.02)
+        X, back, P = basis.into(K), basis.U_KR, energy * torch.eye(basis.width).double()
     k_, v_ = (_gradients.standardised(_gradients.moments(all_), rows_) for rows_, all_ in ((K, k), (V, v)))
     eta = 0.5 * _usual_output(host, module, C)
     D = -eta * k_.square().mean(1, keepdim=True) * v_ / v_.shape[1] ** 0.5
-    wanted = torch.linalg.solve(K.T @ K + 0.3 * P, K.T @ D)
+    wanted = back @ torch.linalg.solve(X.T @ X + 0.3 * P, X.T @ D)
     got = changes(host, rows, method)[f"{module}.weight"].double()
     got = got if hosts.stored_transposed(host.model.get_submodule(module)) else got.T
     assert float((got - wanted).norm()) < 1e-3 * float(wanted.norm())
@@ -123,4 +127,4 @@ def test_settings_that_cannot_be_are_refused() -> None:
         with pytest.raises(InvalidExample, match="ultraedit needs"):
             Ultraedit(**wrong)
     with pytest.raises(InvalidExample, match="priors"):
-        Ultraedit(prior="U")
+        Ultraedit(prior="V")

@@ -25,11 +25,13 @@ from torch import Tensor
 from errata import hooks, hosts, text
 from errata.hosts import Host, Weights, stored_transposed
 from errata.methods import _normal
-from errata.methods._normal import Prior, Sums, Whitened
+from errata.methods._normal import Plain, Prior, Reduced, Sums, Whitened
 from errata.methods._trace import TRACED, trace
 from errata.methods._values import Place, Settings, places, prefixes, quiet, values
 from errata.types import Add, AddLowRank, Case, Example, InvalidExample, Method, Op, Run, Spread, State, UnknownName, WrongBase, here
 
+PRIORS = ("C", "I", "U")
+HARDLY = 0.02  # of the energy of text's keys lies in the directions of "U", at most
 Row = tuple[list[int], int]
 T = TypeVar("T")  # what a method knows of a layer before it sees the keys: the factor of C, or a prior
 Solve = Callable[[T, Float[Tensor, "K P"]], Float[Tensor, "P K"]]
@@ -144,6 +146,25 @@ def factor(C_KK: Float[Tensor, "K K"], ridge: float) -> Float[Tensor, "K K"]:
     shift = ridge * C_KK.diagonal().mean()
     L_KK: Tensor = torch.linalg.cholesky(C_KK + shift * torch.eye(len(C_KK), dtype=C_KK.dtype, device=C_KK.device))
     return L_KK
+
+
+def null_space(C_KK: Float[Tensor, "K K"], share: float) -> tuple[Reduced, float]:
+    """(the widest basis of C's weakest eigenvectors that holds at most `share` of its trace, one at least; what it does hold)."""
+    s_K, U_KK = torch.linalg.eigh(C_KK)
+    s_K = s_K.clamp(min=0)  # zeros come out a little under it
+    # the whole of a sum may come out a little over it
+    kept = max(1, int((s_K.cumsum(0) <= (share + 1e-9) * s_K.sum()).sum()))
+    # where text does not reach at all, lam still needs a measure
+    least = torch.finfo(torch.float32).eps * float(s_K.sum())
+    return Reduced(U_KR=U_KK[:, :kept].contiguous()), max(float(s_K[:kept].sum()), least)
+
+
+def prior(name: str, C_KK: Float[Tensor, "K K"], ridge: float) -> tuple[Prior, float]:
+    """(the prior of that name, what lam counts in): "C", where it is a usual key's k^T C^-1 k; "I", where it is its squared length; "U", a
+    basis of the directions that text hardly uses, where it is what text has in them."""
+    if name == "I":
+        return Plain(width=len(C_KK)), float(C_KK.diagonal().sum())
+    return null_space(C_KK, HARDLY) if name == "U" else (Whitened(L_KK=factor(C_KK, ridge)), float(len(C_KK)))
 
 
 @torch.no_grad()

@@ -16,13 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import final
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from errata.hosts import Host, Weights
 from errata.methods import _keys
-from errata.methods._normal import Reduced
 from errata.types import Case, Example, InvalidExample, Method, Op, Patch, Run, State
 
 
@@ -57,21 +52,10 @@ class Alphaedit(Method):
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         want = _keys.wanted(self, "alphaedit", host, examples, run, self.held)
-        spaces = {layer: null_space(C, self.share) for layer, C in _keys.covariances_of(host, want.state, want.layers).items()}
+        spaces = {layer: _keys.null_space(C, self.share) for layer, C in _keys.covariances_of(host, want.state, want.layers).items()}
 
         def solved(lam: float) -> tuple[tuple[Op, ...], Weights]:
             return _keys.spread(host, want.found, want.delta_PD, spaces, lambda known, K: _keys.gains_under(known[0], K, lam * known[1]))
 
         ops = _keys.within(host, want.still, run.budget.epsilon, self.lam, solved)
         return Patch(method="alphaedit", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)
-
-
-def null_space(C_KK: Float[Tensor, "K K"], share: float) -> tuple[Reduced, float]:
-    """(the widest basis of C's weakest eigenvectors that holds at most `share` of its trace, one at least; what it does hold)."""
-    s_K, U_KK = torch.linalg.eigh(C_KK)
-    s_K = s_K.clamp(min=0)  # zeros come out a little under it
-    # the whole of a sum may come out a little over it
-    kept = max(1, int((s_K.cumsum(0) <= (share + 1e-9) * s_K.sum()).sum()))
-    # where text does not reach at all, lam still needs a measure
-    least = torch.finfo(torch.float32).eps * float(s_K.sum())
-    return Reduced(U_KR=U_KK[:, :kept].contiguous()), max(float(s_K[:kept].sum()), least)

@@ -43,7 +43,7 @@ from errata.hosts import Host, Weights
 from errata.methods import _gradients, _hyper, _kept, _keys, _meta, _normal
 from errata.methods._hyper import Net
 from errata.methods._meta import Lesson, Merge, Merging, Pairs, Pull, Shifts
-from errata.methods._normal import Plain, Prior, Whitened
+from errata.methods._normal import Prior
 from errata.methods._restated import restated, spoken_of
 from errata.methods._values import quiet
 from errata.types import Case, Example, InvalidExample, Method, Op, Patch, Progress, Rows, Run, Spread, State, forget, here
@@ -69,10 +69,10 @@ SLOT = "\0"  # what a phrasing speaks of
 @dataclass(frozen=True, kw_only=True)
 class Malmen(Method):
     """modules: comma-separated beginnings of module names; empty: the last projections of up to six MLPs, evenly from the first block to
-    the last. tokens: whose rows are taken, "all" or those that say the "answer". prior: P, "C" or "I". rounds, caution, restated: see
-    above. held, ridge, per_key: as in `memit`. chunk: rows that go through the network at once; it changes nothing else. rank: of the
-    network's blocks. lam: first value of each module's. share: first length of the differences, as a share of the module's outputs. The
-    rest: `_meta.Settings`."""
+    the last. tokens: whose rows are taken, "all" or those that say the "answer". prior: P, "C", "I" or "U" (`_keys.prior`). rounds,
+    caution, restated: see above. held, ridge, per_key: as in `memit`. chunk: rows that go through the network at once; it changes
+    nothing else. rank: of the network's blocks. lam: first value of each module's. share: first length of the differences, as a
+    share of the module's outputs. The rest: `_meta.Settings`."""
 
     modules: str = ""
     tokens: str = "all"
@@ -104,9 +104,9 @@ class Malmen(Method):
     faithful: bool = False
 
     def __post_init__(self) -> None:
-        if self.prior not in ("C", "I") or self.tokens not in ("answer", "all"):
+        if self.prior not in _keys.PRIORS or self.tokens not in ("answer", "all"):
             raise InvalidExample(
-                f'malmen has the priors "C" and "I" and the tokens "answer" and "all", got {self.prior!r}, {self.tokens!r}.'
+                f'malmen has the priors "C", "I" and "U" and the tokens "answer" and "all", got {self.prior!r}, {self.tokens!r}.'
             )
         _meta.check("malmen", self.config)
         for name, value in FAITHFUL.items() if self.faithful else ():
@@ -252,10 +252,9 @@ class Malmen(Method):
         return tuple(out)
 
     def _prior(self, C_KK: Float[Tensor, "K K"]) -> tuple[Prior, float]:
-        """(P, what lam counts in: under C a usual key's k^T C^-1 k, under I its squared length)."""
-        if self.prior == "I":
-            return Plain(width=len(C_KK)), 1.0 if self.faithful else float(C_KK.diagonal().sum())
-        return Whitened(L_KK=_keys.factor(C_KK, self.ridge)), float(len(C_KK))
+        """(P, what lam counts in)."""
+        found, unit = _keys.prior(self.prior, C_KK, self.ridge)
+        return found, 1.0 if self.faithful else unit
 
     @torch.no_grad()
     def _differences(self, net: Net, module: str, keys_NK: Float[Tensor, "N K"], g_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:

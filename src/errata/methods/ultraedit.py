@@ -12,8 +12,9 @@ takes one back exactly, as if it had never been there: `rows` and `solve`.
 Unlike UltraEdit@0beb222 the statistics are those of text, of each module by itself, with an exact variance (there: of all edits so far, in
 all modules of one shape; a first row would be its own mean, and its shift nothing). eta is the length of d as a share of what the module
 usually gives, where k and v deviate as text's do (there: 1e-6 times what these come to). P is C = E[k k^T] over text, or with `prior` "I"
-the identity, as published; lam says, as in `memit`, that a usual key takes 1 / (1 + lam) of its difference (there: 1, whatever the keys),
-and it rises until the loss on text is inside the budget. The gradients are sums over tokens (there: means over a batch).
+the identity, as published, or with "U" a basis of what text hardly uses; lam says, as in `memit`, that a usual key takes 1 / (1 + lam) of
+its difference (there: 1, whatever the keys), and it rises until the loss on text is inside the budget. The gradients are sums over tokens
+(there: means over a batch).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +30,7 @@ from errata import hosts, text
 from errata.hosts import Host, stored_transposed
 from errata.methods import _gradients, _kept, _keys, _normal
 from errata.methods._gradients import Moments
-from errata.methods._normal import Plain, Prior, Whitened
+from errata.methods._normal import Prior
 from errata.methods._values import quiet
 from errata.types import Case, Example, InvalidExample, Method, Patch, Progress, Rows, Run, Spread, State, here
 
@@ -40,8 +41,8 @@ STATISTICS = 4096  # tokens of text that the deviations of keys and gradients ar
 @dataclass(frozen=True, kw_only=True)
 class Ultraedit(Method):
     """layers: "3-8" or "3,4,5", of whose MLPs the last projection is edited (of a seq2seq, in its decoder); empty: the upper half. eta:
-    length of d. prior: "C" or "I". lam: its least weight. held: documents on which lam is raised until the budget is kept; with 0 the gate
-    alone keeps it. ridge, per_key: as in `memit`. batch_size: examples in memory at once; it changes nothing else."""
+    length of d. prior: "C", "I" or "U". lam: its least weight. held: documents on which lam is raised until the budget is kept;
+    with 0 the gate alone keeps it. ridge, per_key: as in `memit`. batch_size: examples in memory at once; it changes nothing else."""
 
     layers: str = ""
     eta: float = 1.0
@@ -53,8 +54,8 @@ class Ultraedit(Method):
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.prior not in ("C", "I"):
-            raise InvalidExample(f'ultraedit has the priors "C" and "I", got {self.prior!r}.')
+        if self.prior not in _keys.PRIORS:
+            raise InvalidExample(f'ultraedit has the priors "C", "I" and "U", got {self.prior!r}.')
         if not self.eta > 0 or not self.lam > 0 or not self.ridge >= 0:
             raise InvalidExample(
                 f"ultraedit needs an eta and a lam over 0 and a ridge of 0 or more, got {self.eta}, {self.lam} and {self.ridge}."
@@ -111,7 +112,7 @@ class Ultraedit(Method):
             m: (_moments(state, m, "k", C_KK), _moments(state, m, "v", C_KK), self.eta * _usual_output(host, m, C_KK))
             for m, C_KK in C.items()
         }
-        found = {module: self._prior(C_KK) for module, C_KK in C.items()}
+        found = {module: _keys.prior(self.prior, C_KK, self.ridge) for module, C_KK in C.items()}
         priors, units = {m: prior for m, (prior, _) in found.items()}, {m: unit for m, (_, unit) in found.items()}
         return priors, units, partial(_read, about), state
 
@@ -126,12 +127,6 @@ class Ultraedit(Method):
         still = quiet(host, examples, run, self.held)
         ops = _keys.within(host, still, run.budget.epsilon, self.lam, lambda lam: _keys.of_sums(host, sums, units, lam), run.spread)
         return Patch(method="ultraedit", config=self.config, parent=host.id, examples=examples, ops=ops)
-
-    def _prior(self, C_KK: Float[Tensor, "K K"]) -> tuple[Prior, float]:
-        """(P, what lam is multiplied with)."""
-        if self.prior == "I":
-            return Plain(width=len(C_KK)), float(C_KK.diagonal().sum())
-        return Whitened(L_KK=_keys.factor(C_KK, self.ridge)), float(len(C_KK))
 
 
 def _read(about: Mapping[str, tuple[Moments, Moments, float]], host: Host, rows: Iterable[Rows]) -> dict[str, tuple[Tensor, Tensor]]:
