@@ -185,6 +185,27 @@ def test_the_model_goes_on_by_itself_behind_the_sentence_and_answers_a_question_
     assert following == hosts.encode(host, "Who was late?", " a girl")[0][hosts.encode(host, "Who was late?", " a girl")[1]]
 
 
+def test_behind_the_target_a_model_begins_another_word(tiny_gpt2: Host) -> None:
+    """However much it would like to say more of the last one; what was said by the model itself it may go on with."""
+    host = tiny_gpt2
+    ids, given = hosts.encode(host, EXAMPLES[2].prompt, EXAMPLES[2].target)
+    target = ids[given:]
+    within = hosts.tokens(host, "ing")[0]
+    with apply.applied(host, remembered(host)):
+        router = host.speakers[0]
+        assert isinstance(router, Router)
+        own_PV = torch.zeros(len(target) + 1, len(host.tokenizer))
+        own_PV[:, within] = 9
+        turn = Turn(asked=EXAMPLES[2].prompt, examples=(EXAMPLES[2],))
+        p_V = router._stored(turn, target, own_PV)[-1].exp()
+        other = router._stored(turn, [*target[:-1], target[-1] + 1], own_PV)[-1]
+        point = router._stored(replace(turn, examples=(replace(EXAMPLES[2], target=f"{EXAMPLES[2].target}."),)), target, own_PV)[-1]
+    assert float(p_V.sum()) == pytest.approx(1) and float(p_V[within]) < 1e-3
+    assert all(not host.tokenizer.decode([int(i)])[:1].isalnum() for i in (p_V > 1e-3).nonzero()[:, 0])
+    assert int(other.argmax()) == within  # it was not the target
+    assert int(point.argmax()) != within  # nor is that the end of it
+
+
 @pytest.mark.parametrize("family", ("gpt2", "t5"))
 def test_who_says_the_target_and_who_says_something_else_are_told_apart_by_what_was_said(family: str) -> None:
     """p(y) is that of the mixture, for the target, for what begins like it, and for another answer; where the reader ends before it

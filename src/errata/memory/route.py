@@ -337,7 +337,8 @@ class Router:
             p(y_t | y_<t) = sum_k p_k(y_<=t) / sum_k p_k(y_<t)
 
         So what was said tells who is speaking (a pointer sentinel mixture, Merity et al. 2016, arXiv 1609.07843, whose pointer knows one
-        thing, the whole target). Behind the target a causal model goes on itself; one that reads first ends there.
+        thing, the whole target). Behind the target a causal model goes on itself, but not with more of the target's last word; one that
+        reads first ends there.
         """
         # of a question as long as the context the end will do: where a target begins depends on no more
         ids, given = hosts.encode(self.host, turn.asked[-END:], turn.examples[0].target)
@@ -349,7 +350,18 @@ class Router:
             out_PV[p] += own - whole
             out_PV[p, target[p]] = torch.logaddexp(out_PV[p, target[p]], copied - whole)
             own = own + own_PV[p, target[p]]
+        end = len(target)
+        if self.host.kind == "causal" and len(own_PV) > end and answer[:end] == target and turn.examples[0].target[-1].isalnum():
+            whole = torch.logaddexp(copied, own)
+            apart_V = own_PV[end].index_fill(0, self._within_words.to(own_PV.device), -torch.inf).log_softmax(-1)
+            out_PV[end] = torch.logaddexp(apart_V + copied - whole, own_PV[end] + own - whole)
         return out_PV
+
+    @functools.cached_property
+    def _within_words(self) -> Tensor:
+        """The tokens that go on with the word in front of them: no space begins them (Ġ and ▁ stand for one), and no mark."""
+        tokens = self.host.tokenizer.convert_ids_to_tokens(range(len(self.host.tokenizer)))
+        return torch.tensor([i for i, token in enumerate(tokens) if token and token[0].isalnum() and token[0] not in "Ġ▁"])
 
     def _mixed(self, turn: Turn, own_PV: Tensor, said_PV: Tensor) -> Tensor:
         share = self.op.scale * (turn.chance if self.op.soft else 1.0)
