@@ -119,7 +119,7 @@ ROWS = (
     Row(method="ke", settings=STEPPING | {"states": 8, "condition": 8}, learns=True, cannot=UNPREPARED | UNBOUNDED),
     Row(method="grace", settings={"steps": 30}, cannot=IN_MEMORY | {"seeds": "nothing is drawn but the text that finds the radii"}),
     Row(method="lora", settings=SMALL | {"lr": 3e-2, "rank": 4}),
-    Row(method="lu", cannot=ANSWERS | {"seeds": "nothing is drawn but the text that finds the bound"}),
+    Row(method="lu", cannot=ANSWERS | IN_MEMORY | {"seeds": "nothing is drawn but the text that finds the bound"}),
     Row(method="malmen", settings=LEARNING | {"lam": 0.01, "share": 0.1}, learns=True, cannot=UNPREPARED),
     Row(method="melo", settings={"steps": 20}, cannot=IN_MEMORY),
     Row(method="memit", settings=CLOSED),
