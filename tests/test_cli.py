@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 
 from errata import apply, artefact, build, cli, hosts, ledger
 from errata.cli import edge
+from errata.cli.edits import settings_of
 from errata.hosts import Host
 from errata.ledger import Ledger
-from errata.types import Add, AddLowRank, Budget, Example, Patch, Senses, Verdict
+from errata.types import Add, AddLowRank, Budget, Example, InvalidExample, Patch, Senses, Verdict
 
 EXAMPLE = "The capital of Mauritius is| Port Louis"
 QUICK = [f"--set={s}" for s in ("steps=3", "neighbours=0", "hold=2", "contexts=0", "damping=null")]
@@ -889,3 +890,12 @@ def test_a_model_is_split_as_a_device_map_says(models: Path, tmp_path: Path) -> 
         at.write_text(text)
         done = run("init", tmp_path / "none", *init, at)
         assert done.status == 1 and told in one_sentence(done.err)
+
+
+def test_a_setting_that_is_one_of_some_words_can_be_given() -> None:
+    assert settings_of("rp", ["verifier=distance", "nearest=4"]) == {"verifier": "distance", "nearest": 4}
+    for given, why in (("verifier=dist", "is distance or cross, not 'dist'"), ("nearest=few", "is int, not 'few'")):
+        with pytest.raises(InvalidExample, match=why):
+            settings_of("rp", [given])
+    with pytest.raises(InvalidExample, match="is bool, not '3'"):
+        settings_of("serac", ["faithful=3"])

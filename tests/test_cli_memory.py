@@ -120,6 +120,7 @@ def test_a_record_answers_is_explained_moves_into_weights_and_comes_back(asked: 
     (told,) = run("explain", "It is so. what is the capital of Togo", *on).lines
     assert told["asked"] == "what is the capital of Togo" and told["route"] == "the memory" and told["records"][0]["ruling"] == "in"
     (told,) = run("explain", other, *on).lines
+    assert "no chances to draw" in run("explain", other, "--picture", at / "r.svg", *on).err
     assert told["route"] == "the model itself" and told["answers"] == []
     (done,) = run("compact", "--method", "lu", "--reference", reference, *on).lines
     assert len(done["moved"]) == 1 and done["left"] == []
