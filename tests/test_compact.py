@@ -160,6 +160,14 @@ def test_what_an_earlier_compaction_moved_is_asked_again(
     done = compact.compact(ledger, host, make("lu"), reference=reference)
     assert done.back == (FIRST,) and done.moved == (SECOND,) and Records(ledger).active() == (FIRST,)
     assert {e.id for e in ledger.patch().examples} == {FIRST.example.id, SECOND.example.id}
+    newer = Record(example=Example(prompt=SECOND.example.prompt, target=" big"))
+    Records(ledger).add(newer, ALIASED)  # what the weights say, and what does not go beside it
+    monkeypatch.setattr(compact, "_answered", lambda host, rows: [r.record not in (SECOND, ALIASED) for r in rows])
+    done = compact.compact(ledger, host, make("lu"), reference=reference)
+    assert done.moved == (FIRST,) and set(Records(ledger).active()) == {newer, ALIASED}
+    compact.undo(ledger)
+    for r in (newer, ALIASED):
+        Records(ledger).retract(r.id)
     monkeypatch.undo()
     again = compact.compact(ledger, host, make("lu"), reference=reference)
     assert again.moved == (FIRST,) and not again.back and not Records(ledger).active()

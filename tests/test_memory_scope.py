@@ -111,15 +111,21 @@ def test_what_is_judged_depends_neither_on_the_order_nor_on_what_is_judged_besid
     assert trained.judge([], []) == [] and trained.judge(["What?"], [[]]) == [[]]
 
 
-def test_a_candidate_that_is_not_near_is_out_without_a_look(trained: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: list[Pair] = []
-    whole = scopes.Distance.first
+def looked_at(monkeypatch: pytest.MonkeyPatch, which: str) -> list[Pair]:
+    """The pairs whose first or second distance is taken from now on."""
+    looked, whole = list[Pair](), getattr(scopes.Distance, which)
 
-    def first(self: scopes.Distance, pairs: Sequence[Pair], encoder: Encoder) -> torch.Tensor:
+    def distance(self: scopes.Distance, pairs: Sequence[Pair], encoder: Encoder) -> torch.Tensor:
         looked.extend(pairs)
-        return whole(self, pairs, encoder)
+        out: torch.Tensor = whole(self, pairs, encoder)
+        return out
 
-    monkeypatch.setattr(scopes.Distance, "first", first)
+    monkeypatch.setattr(scopes.Distance, which, distance)
+    return looked
+
+
+def test_a_candidate_that_is_not_near_is_out_without_a_look(trained: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = looked_at(monkeypatch, "first")
     some = [Candidate(question="The capital of Bami is", answer="A", score=s) for s in (trained.near, trained.near - 1e-6)]
     first, second = trained.judge(["The capital of Bami is"], [some])[0]
     assert first.ruling == "in" and second == scopes.Judged(chance=0.0, ruling="out")
@@ -135,14 +141,7 @@ def test_what_the_first_distance_rules_out_is_not_looked_at_and_nothing_else_cha
     pairs = [Pair(c.question, c.answer, query) for query, some in zip(queries, found, strict=True) for c in some]
     x = scopes._scores(trained.verifiers, pairs, trained.encoder) @ np.array(trained.slopes) + trained.shift
     whole = scopes._sigmoid(x + trained.beside * scopes.follows(pairs, [scopes.bare(p) for p in pairs]))
-    looked: list[Pair] = []
-    second = scopes.Distance.second
-
-    def names(self: scopes.Distance, pairs: Sequence[Pair], encoder: Encoder) -> torch.Tensor:
-        looked.extend(pairs)
-        return second(self, pairs, encoder)
-
-    monkeypatch.setattr(scopes.Distance, "second", names)
+    looked = looked_at(monkeypatch, "second")
     shorter = [judged for own in replace(trained, near=-1.0).judge(queries, found) for judged in own]
     assert [a.ruling for a in shorter] == [trained._judged(chance).ruling for chance in whole]
     skipped = [chance for a, chance in zip(shorter, whole, strict=True) if a.chance == 0.0]

@@ -184,4 +184,5 @@ def _commit(
         for example in patch.examples:
             ledger.activate(example, f"{INTO}{patch.id}")
         records.settle([r.id for r in moved], patch.id)
-        records.bring_back(back, f"{patch.id} does not answer all of its questions")
+        # where the memory has another answer by now, that one counts
+        records.bring_back(back, f"{patch.id} does not answer all of its questions", "supersede")

@@ -172,11 +172,13 @@ class Records:
         self.bring_back(back, f"{patch} was undone")
         return tuple(row.record.id for row in back)
 
-    def bring_back(self, rows: Iterable[RecordRow], detail: str) -> None:
-        """Put the records in force again, as they were, inside the ledger's `writing`. Raises ConflictError if one of them contradicts what
-        is in force by now."""
+    def bring_back(self, rows: Iterable[RecordRow], detail: str, clash: Clash = "refuse") -> None:
+        """Put the records in force again, as they were, inside the ledger's `writing`. If one of them contradicts what is in force by now
+        it raises ConflictError, or, where that is to `supersede`, leaves the record out."""
         for row in rows:
             if others := self._clashing(row.record):
+                if clash == "supersede":
+                    continue
                 raise conflict(others[0].record, row.record)
             self._begin(row.record, [], row.provenance, "memory add", detail, row.supersedes)
 
