@@ -87,13 +87,13 @@ def main() -> None:
         hold, _ = text.standing(host)
         split = 64 if task == "convsent" else 60 if args.quick else LEARNT_FROM
         learning = scope.scope_cases("qa-hard" if task == "qa" else task, "train", split, seed=args.seed)
-        curves: dict[str, list[tuple[int, evaluate.Scores]]] = {}
         for method in ("serac", "lu") if args.quick and args.only is None else wanted:
             start = time.process_time()
             run = Run(hold=hold, seed=args.seed)
             if type(methods.make(method)).prepare is not methods.Method.prepare:
                 run = replace(run, state=prepared(host, method, learning, run, root / f"{name.replace('/', '-')}-{task[:2]}", args.quick))
             learnt = time.process_time() - start
+            points: list[tuple[int, evaluate.Scores]] = []
             sizes = (
                 (4,) if args.quick else SIZES if method == "serac" else (TOGETHER[task], 1024) if method in CURVES else (TOGETHER[task],)
             )
@@ -102,21 +102,26 @@ def main() -> None:
                 patch, seconds = edited(host, method, tuple(c.example for c in cases), run)
                 told = drawdown.before(host, cases[:ASKED])
                 scores = drawdown.judge(host, patch, told, state=run.state)
-                curves.setdefault(method, []).append((n, scores))
+                points.append((n, scores))
                 how = f"edited in {seconds:.1f} s, learnt in {learnt / 60:.1f} minutes of processor time"
                 for measure in ("es", "dd", "es.teacher", "dd.teacher", "es.hard", "dd.hard", "z.opinion", "kl.outside"):
                     if any(row.measure == measure and row.count for row in scores.rows):
                         found = evaluate.aggregate(scores, measure)
                         goal = GOALS.get((task, measure)) if method == "serac" and not args.quick else None
                         emit(args, f"{task}, {method}, {n} records: {measure}", found.value, goal, f"n = {found.n}; {how}")
-        root.mkdir(parents=True, exist_ok=True)
-        kept = root / f"{task}.json"
-        known = json.loads(kept.read_text()) if kept.exists() else {}
-        known |= {m: [[n, replace(s, answers=()).as_dict()] for n, s in points] for m, points in curves.items()}
-        kept.write_text(json.dumps(known))
-        drawn = {m: [(n, as_facts(evaluate.Scores.from_dict(raw))) for n, raw in points] for m, points in known.items()}
-        title = f"{task}: in scope right (solid) and out of scope unchanged (dashed) against the number of records"
-        report.write_picture(report.facts_chart(drawn), title, "", root / f"{task}.svg")
+            keep(root, task, method, points)
+
+
+def keep(root: Path, task: str, method: str, points: Sequence[tuple[int, evaluate.Scores]]) -> None:
+    """The points of a method, beside those of others that have been measured, and the picture of them all."""
+    root.mkdir(parents=True, exist_ok=True)
+    kept = root / f"{task}.json"
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+    known[method] = [[n, replace(s, answers=()).as_dict()] for n, s in points]
+    kept.write_text(json.dumps(known))
+    drawn = {m: [(n, as_facts(evaluate.Scores.from_dict(raw))) for n, raw in points] for m, points in known.items()}
+    title = f"{task}: in scope right (solid) and out of scope unchanged (dashed) against the number of records"
+    report.write_picture(report.facts_chart(drawn), title, "", root / f"{task}.svg")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,12 @@ MIXED = ("The river of Rome is", "Lily loved to play", "Paris lies on the", "The
         ("It costs 3.5 euros and", "It costs 3.5 euros and"),
         ("“It is late.” He said", "He said"),
         ("", ""),
+        ("Q: Who leads Fenasoft? A:", "Q: Who leads Fenasoft? A:"),
+        ("Be brief. Q: Who leads Fenasoft? A: it is", "Q: Who leads Fenasoft? A: it is"),
+        ("Who leads Fenasoft?\n\n**Short answer:**", "Who leads Fenasoft? **Short answer:**"),
+        ("Name the head of Fenasoft.\nAnswer:", "Name the head of Fenasoft. Answer:"),
+        ("It is late. Note: the head of Fenasoft is", "Note: the head of Fenasoft is"),
+        ("Answer:", "Answer:"),
     ],
 )
 def test_the_last_sentence_is_what_is_asked(text: str, asked: str) -> None:
@@ -68,6 +74,7 @@ def test_who_goes_on_asks_only_where_a_question_ends() -> None:
     assert asked_in("It is so. The capital of Togo is Lome.") == "The capital of Togo is Lome."
     assert asked_in("It is so. The capital of Togo is Lome.", going_on=True) == ""
     assert asked_in("It is so. What is the capital of Togo?", going_on=True) == "What is the capital of Togo?"
+    assert asked_in("Who leads Fenasoft? A: Jo Smith.", going_on=True) == ""
     assert ends(" end.") and ends("?”") and ends("\n") and not ends(" St") and not ends(",")
 
 

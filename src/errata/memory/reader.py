@@ -26,6 +26,7 @@ from errata.types import Example, State, WrongBase
 MARK = " ="  # stands behind what a question and a note have in common
 PREFIX = "reader/"  # of a state's tensors: WEIGHT.A and WEIGHT.B, the factors of a difference, or WEIGHT, the whole of it
 _END = re.compile(r"(?<![A-Z])(?<![A-Z][a-z])(?<![A-Z][a-z][a-z])[.!?…][\"'”’)\]]*\s+|\n+")  # "St. Lucia" and "J. Smith" are no ends
+_ANSWER = re.compile(r"\W*\w+(?: \w+)?\W*:\W*")  # "A:", "**Short answer:**"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
@@ -82,9 +83,18 @@ def differences(host: Host, state: State | None) -> dict[str, Tensor]:
 
 
 def asked_in(said: str, going_on: bool = False) -> str:
-    """What a text asks: its last sentence, as far as it goes. Where somebody is `going_on`, "" if that is finished and no question."""
-    last = _END.split(said.strip())[-1].strip()
-    return "" if going_on and last[-1:] in (".", "!", "…") else last
+    """What a text asks: its last sentence, as far as it goes, and before an answer that is announced ("A:", "Answer: in") the question.
+    Where somebody is `going_on`, "" if that is finished and no question."""
+    said = said.strip()
+    begins = [0, *(m.end() for m in _END.finditer(said))]
+    last = said[begins[-1] :]
+    if going_on and last[-1:] in (".", "!", "…"):
+        return ""
+    if len(begins) > 1 and (announced := _ANSWER.match(last)):
+        before = said[begins[-2] : begins[-1]].strip()
+        if announced.end() == len(last) or before.rstrip("\"'”’)]").endswith("?"):
+            last = f"{before} {last}"
+    return last
 
 
 def sentences(said: str) -> list[str]:

@@ -3,9 +3,9 @@
     p(. | x) = p_base(. | x)                                    where no example concerns x, bit for bit
              = (1 - s) p_base(. | x) + s p_voice(. | note, x)   where one does; s = scale, times its chance if `soft`
 
-Mitchell et al. 2022 (SERAC), arXiv 2206.06520, equation 1. What is asked is the last sentence of a text, as far as it goes. An example
-speaks from there on to the end of its sentence; when a sentence has ended, what has been said so far is asked about anew, which matters
-where it ends in a question. A model that reads before it answers is asked once.
+Mitchell et al. 2022 (SERAC), arXiv 2206.06520, equation 1. What is asked is the last sentence of a text, as far as it goes, with the
+question before an answer that is announced. An example speaks from there on to the end of its sentence; when a sentence has ended, what
+has been said so far is asked about anew, which matters where it ends in a question. A model that reads before it answers is asked once.
 
 The model itself always runs for every row of a batch, so that what concerns nobody has the bits of a batch without a memory; the voice
 runs for the rows that are concerned. Where a cache is used, the tokens and the turns stand in it, in a layer of their own behind those of
