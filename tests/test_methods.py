@@ -32,8 +32,11 @@ from errata.types import (
     Senses,
     UnknownArchitecture,
     UnknownName,
+    Verdict,
     WrongBase,
 )
+
+SOLVED = ("memit", "rome", "emmet", "alphaedit", "nse", "ultraedit", "malmen")  # those on `_normal.py`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +282,16 @@ def test_same_inputs_same_id_and_seeds_are_obeyed(row: Row) -> None:
     assert row.make().edit(row.host("llama"), EXAMPLES, replace(RUN, seed=1)).id != first.id
 
 
+@rows
+def test_a_method_with_a_solve_tells_its_condition(row: Row) -> None:
+    told: list[tuple[str, float]] = []
+    row.make().edit(row.host("llama"), EXAMPLES, replace(RUN, tell=lambda *one: told.append(one)))
+    if row.method in SOLVED:
+        assert told and all(name == "condition" and value > 0.99 for name, value in told)
+    else:
+        assert not told
+
+
 def farthest(host: Host, a: Patch, b: Patch) -> float:
     changes = [{op.weight: apply.change(host, op) for op in p.ops} for p in (a, b)]
     assert changes[0].keys() == changes[1].keys()
@@ -317,6 +330,16 @@ def test_order_and_batch_size_change_nothing_on_the_lab_model(row: Row) -> None:
     assert farthest(host, whole, edited(*examples[::-1])) <= 1e-5
     for batch_size in (3, 16) if "batch_size" in make(row.method).config else ():
         assert farthest(host, whole, edited(*examples, batch_size=batch_size)) <= 1e-5
+
+
+def test_a_verdict_has_the_condition_of_the_worst_solve(tiny_llama: Host, tmp_path: Path) -> None:
+    (reference := tmp_path / "held.txt").write_text("\n\n".join(f"{i}. {document}" for i in range(6) for document in TEXT))
+    held: dict[str, Any] = {"epsilon": 1e6, "reference": reference}
+    _, verdict = build.edit(tiny_llama, EXAMPLES, "memit", layers="0-1", steps=2, contexts=0, held=0, **held)
+    assert verdict.condition is not None and verdict.condition > 1
+    assert Verdict.from_dict(verdict.as_dict()) == verdict
+    assert Verdict.from_dict({k: v for k, v in verdict.as_dict().items() if k != "condition"}).condition is None, "of a ledger of before"
+    assert build.edit(tiny_llama, EXAMPLES, "finetune", steps=1, **held)[1].condition is None
 
 
 def test_a_model_that_nobody_here_trained_is_fixed_inside_the_ball(stories: Host) -> None:

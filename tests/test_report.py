@@ -197,6 +197,8 @@ def test_the_headline_tells_the_verdict_and_the_numbers() -> None:
     refused = Page(html(report(entry(verdict=replace(VERDICT, upper=2e-3)))))
     assert "✗ refused" in refused.text and "over the limit of 1e-03" in refused.text and "200 %" in refused.text
     assert "not judged" in Page(html(report(entry(verdict=None)))).text
+    assert "condition" not in page.text
+    assert "condition number of about 3.1e4" in Page(html(report(entry(verdict=replace(VERDICT, condition=31_000.0))))).text
 
 
 def test_before_and_after_stand_side_by_side_and_are_marked_in_words() -> None:

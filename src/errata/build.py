@@ -5,6 +5,7 @@ does not state the edited facts. Nothing here is specific to a method.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,18 @@ def edit_within(
     judge, left_out = text.set_aside(judge, rows, text.answers_of(host, rows))
     base = gate.baseline(host, judge, left_out, watched)
     widest = max(budgets, key=lambda budget: budget.epsilon)
-    run = Run(hold=hold, budget=widest, keep=keep, seed=seed, state=state, sums=sums, progress=progress, spread=spread)
+    conditions: list[float] = []
+    run = Run(
+        hold=hold,
+        budget=widest,
+        keep=keep,
+        seed=seed,
+        state=state,
+        sums=sums,
+        progress=progress,
+        tell=lambda name, value: conditions.append(value) if name == "condition" else None,
+        spread=spread,
+    )
     patch = made.edit(host, rows, run)
-    return [gate.fit(host, patch, budget, base, progress=progress) for budget in budgets]
+    fitted = [gate.fit(host, patch, budget, base, progress=progress) for budget in budgets]
+    return [(scaled, replace(verdict, condition=max(conditions, default=None))) for scaled, verdict in fitted]

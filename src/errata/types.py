@@ -780,6 +780,7 @@ class Verdict:
     norm                      ||change|| / ||weight|| over the touched weights
     fixed, wanted             examples that the patch fixes, of how many
     scale                     what the gate multiplied the change with (1.0: nothing)
+    condition                 greatest condition number, estimated, of the solves that the patch was made by; None if it was made by none
     """
 
     patch: str
@@ -796,6 +797,7 @@ class Verdict:
     fixed: int
     wanted: int
     scale: float = 1.0
+    condition: float | None = None
 
     def __post_init__(self) -> None:
         if self.chunks < 2 or self.tokens < self.chunks:
@@ -911,8 +913,8 @@ def no_progress(items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
     return iter(items)
 
 
-def forget(state: State) -> None:
-    """The `Run.keep` that keeps nothing."""
+def forget(*_: object) -> None:
+    """The `Run.keep` that keeps nothing, and the `Run.tell` that nobody hears."""
 
 
 Begin = Callable[[Any, Any], Callable[[Any], Any]]  # (host, what all shards share) -> what is done with each shard
@@ -934,6 +936,7 @@ class Run:
     keep       gets what a long `prepare` has so far, from time to time: an unfinished State, with which as `state` it goes on after a kill;
                and what an edit that is a sum has come to, as a State, which as `sums` makes the next one read only what has changed
     progress   wraps a loop: (items, label, total) -> the same items
+    tell       gets numbers about how the patch is made, by name; "condition", of the matrix of each solve on the way (`_normal.condition`)
     spread     maps over shards, here or on the workers of `engine.py`: `begin`, the shards and what they share must be such as can be
                pickled, and whoever adds the results up does so in the order of the shards, so that it is to the bit the same wherever they
                were made
@@ -946,6 +949,7 @@ class Run:
     state: State | None = None
     sums: State | None = None
     progress: Progress = no_progress
+    tell: Callable[[str, float], None] = forget
     spread: Spread = here
 
     @property

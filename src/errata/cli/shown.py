@@ -108,6 +108,7 @@ def described(patch: "Patch", verdict: "Verdict") -> tuple[dict[str, Any], Rende
         ("relative norm of the change", f"{v.norm:.3g}", "" if b.norm is None else f"{b.norm:.3g}"),
         ("examples fixed", f"{v.fixed} of {v.wanted}", f"{b.fixed:.0%}"),
         ("scaled by the gate", "no" if v.scale == 1 else f"to {v.scale:.3g}", ""),
+        *([] if v.condition is None else [("condition of the solve, about", f"{v.condition:.1e}", "")]),
     ]
     ruling = "passed" if v.passed else "REFUSED"
     title = f"Patch {short(patch.id)} by {patch.method}, {patch.nbytes / 1e6:.1f} MB: {ruling}"

@@ -28,11 +28,27 @@ from errata.methods import _normal
 from errata.methods._normal import Plain, Prior, Reduced, Sums, Whitened
 from errata.methods._trace import TRACED, trace
 from errata.methods._values import Place, Settings, places, prefixes, quiet, values
-from errata.types import Add, AddLowRank, Case, Example, InvalidExample, Method, Op, Run, Spread, State, UnknownName, WrongBase, here
+from errata.types import (
+    Add,
+    AddLowRank,
+    Case,
+    Example,
+    InvalidExample,
+    Method,
+    Op,
+    Run,
+    Spread,
+    State,
+    UnknownName,
+    WrongBase,
+    forget,
+    here,
+)
 
 PRIORS = ("C", "I", "U")
 HARDLY = 0.02  # of the energy of text's keys lies in the directions of "U", at most
 Row = tuple[list[int], int]
+Tell = Callable[[str, float], None]  # `Run.tell`
 T = TypeVar("T")  # what a method knows of a layer before it sees the keys: the factor of C, or a prior
 Solve = Callable[[T, Float[Tensor, "K P"]], Float[Tensor, "P K"]]
 
@@ -198,15 +214,17 @@ def _in_out(host: Host, module: str) -> tuple[int, int]:
     return (a, b) if stored_transposed(part) else (b, a)
 
 
-def gains(L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"], prior: float) -> Float[Tensor, "P K"]:
+def gains(L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"], prior: float, tell: Tell = forget) -> Float[Tensor, "P K"]:
     """(P, K) the rows g with Delta = R g: (prior C + K K^T)^-1 K, transposed; with prior 0 its limit, C^-1 K (K^T C^-1 K)^-1."""
-    return gains_under(Whitened(L_KK=L_KK), K_KP, prior)
+    return gains_under(Whitened(L_KK=L_KK), K_KP, prior, tell)
 
 
-def gains_under(prior: Prior, K_KP: Float[Tensor, "K P"], lam: float) -> Float[Tensor, "P K"]:
+def gains_under(prior: Prior, K_KP: Float[Tensor, "K P"], lam: float, tell: Tell = forget) -> Float[Tensor, "P K"]:
     """(P, K) the rows g with Delta = R g, for any prior of the sums. Raises InvalidExample."""
     keys_PK = K_KP.T
-    return _normal.gains(_normal.solve(_normal.of(prior, keys_PK, keys_PK.new_zeros(len(keys_PK), 0), keep=True), lam))
+    solved = _normal.solve(_normal.of(prior, keys_PK, keys_PK.new_zeros(len(keys_PK), 0), keep=True), lam)
+    tell("condition", _normal.condition(solved))
+    return _normal.gains(solved)
 
 
 def mean_energy(L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"]) -> float:
@@ -274,7 +292,12 @@ def _op(host: Host, layer: int, parts: Sequence[tuple[Float[Tensor, "P K"], Floa
 
 
 def of_sums(
-    host: Host, sums: Mapping[str, Sums], units: Mapping[str, float], lam: float, onto: Mapping[str, Tensor] = MappingProxyType({})
+    host: Host,
+    sums: Mapping[str, Sums],
+    units: Mapping[str, float],
+    lam: float,
+    onto: Mapping[str, Tensor] = MappingProxyType({}),
+    tell: Tell = forget,
 ) -> tuple[tuple[Op, ...], Weights]:
     """(one op for each module of `sums`, the weights with them on); each module's weight of the prior is lam of its units.
 
@@ -283,6 +306,7 @@ def of_sums(
     ops, weights = list[Op](), Weights()
     for module, total in sums.items():
         solved = _normal.solve(total, lam * units[module])
+        tell("condition", _normal.condition(solved))
         name, base = f"{module}.weight", hosts.weight(host.model, f"{module}.weight")
         change = solved.shift if stored_transposed(host.model.get_submodule(module)) else solved.shift.T
         change = change + onto[module] if module in onto else change

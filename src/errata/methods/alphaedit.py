@@ -55,7 +55,9 @@ class Alphaedit(Method):
         spaces = {layer: _keys.null_space(C, self.share) for layer, C in _keys.covariances_of(host, want.state, want.layers).items()}
 
         def solved(lam: float) -> tuple[tuple[Op, ...], Weights]:
-            return _keys.spread(host, want.found, want.delta_PD, spaces, lambda known, K: _keys.gains_under(known[0], K, lam * known[1]))
+            return _keys.spread(
+                host, want.found, want.delta_PD, spaces, lambda known, K: _keys.gains_under(known[0], K, lam * known[1], run.tell)
+            )
 
         ops = _keys.within(host, want.still, run.budget.epsilon, self.lam, solved)
         return Patch(method="alphaedit", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)

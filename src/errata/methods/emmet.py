@@ -53,7 +53,9 @@ class Emmet(Method):
         factors = _keys.covariance_factors(host, want.state, want.layers, self.ridge)
 
         def solved(slack: float) -> tuple[tuple[Op, ...], Weights]:
-            return _keys.spread(host, want.found, want.delta_PD, factors, lambda L, K: _keys.gains(L, K, slack * _keys.mean_energy(L, K)))
+            return _keys.spread(
+                host, want.found, want.delta_PD, factors, lambda L, K: _keys.gains(L, K, slack * _keys.mean_energy(L, K), run.tell)
+            )
 
         ops = _keys.within(host, want.still, run.budget.epsilon, self.slack, solved)
         return Patch(method="emmet", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)

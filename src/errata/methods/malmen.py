@@ -201,7 +201,7 @@ class Malmen(Method):
     ) -> tuple[_keys.Solution, bool]:
         """(ops and weights, whether the budget is not used up) of the sums, on top of what has changed before."""
         return _keys.inside(
-            host, still, run.budget.epsilon, caution, lambda times: _keys.of_sums(host, sums, units, times, onto), run.spread
+            host, still, run.budget.epsilon, caution, lambda times: _keys.of_sums(host, sums, units, times, onto, run.tell), run.spread
         )
 
     def _patch(self, host: Host, examples: tuple[Example, ...], state: State, ops: tuple[Op, ...]) -> Patch:

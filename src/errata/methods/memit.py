@@ -57,7 +57,7 @@ class Memit(Method):
         factors = _keys.covariance_factors(host, want.state, want.layers, self.ridge)
 
         def solved(lam: float) -> tuple[tuple[Op, ...], Weights]:
-            return _keys.spread(host, want.found, want.delta_PD, factors, lambda L, K: _keys.gains(L, K, lam * len(L)))
+            return _keys.spread(host, want.found, want.delta_PD, factors, lambda L, K: _keys.gains(L, K, lam * len(L), run.tell))
 
         ops = _keys.within(host, want.still, run.budget.epsilon, self.lam, solved)
         return Patch(method="memit", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)

@@ -72,7 +72,7 @@ class Nse(Method):
 
         def solved(lam: float) -> tuple[tuple[Op, ...], Weights]:
             return _keys.spread(
-                host, want.found, want.delta_PD, factors, lambda L, K: _selected_gains(L, K, lam, self.p), self.rounds, open_
+                host, want.found, want.delta_PD, factors, lambda L, K: _selected_gains(L, K, lam, self.p, run.tell), self.rounds, open_
             )
 
         ops = _keys.within(host, want.still, run.budget.epsilon, self.lam, solved)
@@ -87,11 +87,11 @@ def selected(K_KP: Float[Tensor, "K P"], p: float) -> Tensor:
     return by_score_K[:kept].sort().values
 
 
-def _selected_gains(L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"], lam: float, p: float) -> Float[Tensor, "P K"]:
+def _selected_gains(L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"], lam: float, p: float, tell: _keys.Tell) -> Float[Tensor, "P K"]:
     if p == 1:
-        return _keys.gains(L_KK, K_KP, lam * len(L_KK))
+        return _keys.gains(L_KK, K_KP, lam * len(L_KK), tell)
     s = selected(K_KP, p)
     L_ss = torch.linalg.cholesky(L_KK[s] @ L_KK[s].T)
     gains_PK = K_KP.new_zeros(K_KP.shape[1], len(K_KP))
-    gains_PK[:, s] = _keys.gains(L_ss, K_KP[s], lam * len(s))
+    gains_PK[:, s] = _keys.gains(L_ss, K_KP[s], lam * len(s), tell)
     return gains_PK

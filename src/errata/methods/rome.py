@@ -13,6 +13,7 @@ C^-1 k alone; Gupta et al. 2024, arXiv 2403.07175), the shift is of the block's 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 from jaxtyping import Float
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from errata.hosts import Host
 from errata.methods import _keys
-from errata.types import Case, Example, InvalidExample, Method, Patch, Run, State
+from errata.types import Case, Example, InvalidExample, Method, Patch, Run, State, forget
 
 
 @final
@@ -52,10 +53,10 @@ class Rome(Method):
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         want = _keys.wanted(self, "rome", host, examples, run, width=1)
         factors = _keys.covariance_factors(host, want.state, want.layers, self.ridge)
-        ops, _ = _keys.spread(host, want.found, want.delta_PD, factors, self._solve)
+        ops, _ = _keys.spread(host, want.found, want.delta_PD, factors, partial(self._solve, tell=run.tell))
         return Patch(method="rome", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)
 
-    def _solve(self, L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"]) -> Float[Tensor, "P K"]:
+    def _solve(self, L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"], tell: _keys.Tell = forget) -> Float[Tensor, "P K"]:
         """(P, K) the rows g of the change R g; with one fact there is nothing to slacken."""
         several = K_KP.shape[1] > 1
-        return _keys.gains(L_KK, K_KP, self.slack * _keys.mean_energy(L_KK, K_KP) if several else 0.0)
+        return _keys.gains(L_KK, K_KP, self.slack * _keys.mean_energy(L_KK, K_KP) if several else 0.0, tell)

@@ -125,7 +125,9 @@ class Ultraedit(Method):
         run: Run,
     ) -> Patch:
         still = quiet(host, examples, run, self.held)
-        ops = _keys.within(host, still, run.budget.epsilon, self.lam, lambda lam: _keys.of_sums(host, sums, units, lam), run.spread)
+        ops = _keys.within(
+            host, still, run.budget.epsilon, self.lam, lambda lam: _keys.of_sums(host, sums, units, lam, tell=run.tell), run.spread
+        )
         return Patch(method="ultraedit", config=self.config, parent=host.id, examples=examples, ops=ops)
 
 
