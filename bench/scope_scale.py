@@ -71,7 +71,7 @@ def of_a_memory(args, n: int) -> float:
             ready = time.perf_counter() - began
             queries = made.queries(100 if args.quick else 300)
             for query in queries[:20]:
-                memory.nearest(query, K)
+                memory.nearest(query, K, tags=("a", "b"))
             taken, spent, found = [], [], []
             for query in queries:
                 began, spending = time.perf_counter(), time.process_time()

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from hypothesis import strategies as st
 from errata import ledger as room
 from errata.artefact import to_bytes, write_whole
 from errata.ledger import FILE, Ledger
+from errata.memory.records import Records
 from errata.types import (
     Add,
     Budget,
@@ -38,6 +40,7 @@ from errata.types import (
     InvalidPatch,
     LedgerError,
     Patch,
+    Record,
     State,
     UnknownName,
     Verdict,
@@ -199,6 +202,20 @@ def test_a_ledger_from_before_the_edit_memory_gets_its_tables(tmp_path: Path, mo
         assert again.rows("SELECT * FROM record") == []
         assert again.active() == (fact(1),)
         assert again.verify() == []
+
+
+def test_a_ledger_from_before_tags_were_looked_up_gets_those_of_its_records(ledger: Ledger) -> None:
+    records = Records(ledger)
+    records.bind("b2:1", "made")
+    records.add(Record(example=fact(1), tags=("a", "b")), Record(example=fact(2)), Record(example=fact(3), tags=("b",)))
+    now = {tags: records.tagged(tags) for tags in ((), ("a",), ("b",), ("c",))}
+    assert now == {(): [2], ("a",): [1, 2], ("b",): [1, 2, 3], ("c",): [2]}
+    ledger.close()
+    with closing(sqlite3.connect(ledger.path / FILE)) as db, db:
+        db.execute("DROP TABLE tag")
+        db.execute("DELETE FROM migration WHERE number > 2")
+    with Ledger(ledger.path) as again:
+        assert {tags: Records(again).tagged(tags) for tags in now} == now
 
 
 def test_a_migration_that_fails_changes_nothing(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,32 @@ def test_only_what_holds_then_and_for_these_tags_is_found(ledger: Ledger, notes:
         assert [r.example.target for r in found(memory, query, 1, tags=["common", "b"])] == [" A"]
 
 
+@pytest.mark.parametrize("exact", [1000, 40])
+def test_records_of_a_rare_tag_are_compared_whatever_lies_nearer(
+    ledger: Ledger, notes: list[str], exact: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the graph and beside it; what went is not there; nothing else than the tag's is looked at beyond so many."""
+    monkeypatch.setattr(room, "WIDEST", 16)
+    looked, search = [], Index.search
+    monkeypatch.setattr(Index, "search", lambda self, query, k: (looked.append(k), search(self, query, k))[1])
+    rare = [record(c, "harbour", c[:2], tags=("rare", "b")) for c in CITIES]
+    with opened(ledger, notes, exact=exact) as memory:
+        memory.add(*(record(c, t, tags=("common",)) for c in CITIES for t in THINGS), *rare[:6])
+        query = "The mayor of Oslo is"
+        found(memory, query)  # into the graph, where there is one
+        memory.add(*rare[6:])
+        memory.retract(rare[0].id)
+        encoder = Hashed(256)
+        near = (encoder.encode([r.example.prompt for r in rare[1:]]) @ encoder.encode([query])[0]).tolist()
+        hits = memory.search(query, 50, tags=["rare"])
+        assert {hit.record for hit in hits} == set(rare[1:])
+        assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+        assert all(hit.score > near[rare.index(hit.record) - 1] - 1e-3 for hit in hits)
+        assert [hit.record for hit in memory.search(query, 3, tags=["b"])] == [hit.record for hit in hits[:3]]
+        assert found(memory, query, tags=["none"]) == [] and max(looked, default=0) < 16
+    assert notes == []
+
+
 def test_nothing_that_is_out_of_force_is_found(ledger: Ledger, notes: list[str]) -> None:
     with opened(ledger, notes) as memory:
         memory.add(*RECORDS)

@@ -143,6 +143,17 @@ CREATE TABLE encoder (           -- at most one row: what turns the memory's que
     name       TEXT NOT NULL     -- what loads it
 ) STRICT
 """,
+    """
+CREATE TABLE tag (               -- which records concern a query with a tag; those without tags, which concern every one, have the tag ''
+    tag        TEXT NOT NULL,
+    record     INTEGER NOT NULL REFERENCES record,
+    PRIMARY KEY (tag, record)
+) STRICT, WITHOUT ROWID
+
+INSERT INTO tag SELECT DISTINCT value, record.number FROM record, json_each(scope, '$.tags')
+
+INSERT INTO tag SELECT '', number FROM record WHERE json_array_length(scope, '$.tags') = 0
+""",
 )
 
 

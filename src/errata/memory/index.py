@@ -106,6 +106,30 @@ class Index:
         order = np.lexsort((-numbers, -scores))[:k]
         return numbers[order], scores[order].astype(np.float32)
 
+    def among(self, query: Query, numbers: Numbers) -> tuple[Numbers, Scores]:
+        """Those of the numbers that are here, and their products, each compared; the nearest first, of equal ones the greater number."""
+        found, products = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.float32)]
+        for at in range(0, len(numbers), EXACT):
+            part = numbers[at : at + EXACT]
+            beside = np.array([number in self._place for number in part.tolist()], dtype=bool)
+            places = [self._place[number] for number in part[beside].tolist()]
+            found.append(part[beside])
+            products.append(self._rows[places] @ query.astype(np.float32))
+            if self.folded and len(others := part[~beside]):
+                there = np.asarray(self._graph.contains(others.astype(np.uint64)), dtype=bool)
+                inside = np.array([n for n in others[there].tolist() if n not in self._gone], dtype=np.int64)
+                found.append(inside)
+                products.append(self._vectors(inside) @ query.astype(np.float32))
+        numbers, scores = np.concatenate(found), np.concatenate(products)
+        order = np.lexsort((-numbers, -scores))
+        return numbers[order], scores[order].astype(np.float32)
+
+    def _vectors(self, numbers: Numbers) -> Rows:
+        """Those of the graph under these numbers."""
+        if not len(numbers):
+            return np.empty((0, self.width), dtype=np.float32)
+        return np.asarray(self._graph.get(numbers.astype(np.uint64)), dtype=np.float32)
+
     def _in_graph(self, query: Query, k: int) -> tuple[Numbers, Scores]:
         """The k nearest of the graph that are not gone; with k of its size it is compared whole."""
         wanted = min(k, self.folded)
@@ -125,7 +149,7 @@ class Index:
         if self._graph is None or len(self._gone) > GONE * len(self._graph):
             kept = self._left()
             if len(kept):
-                rows = np.asarray(self._graph.get(kept.astype(np.uint64)), dtype=np.float32)
+                rows = self._vectors(kept)
                 self._graph, self._gone = None, set()
                 self.add(kept, rows)
             self._graph, self._gone = _graph(self.width), set()

@@ -254,6 +254,13 @@ class Records:
                  WHERE question.number IN (SELECT value FROM json_each(?)) AND ended IS NULL"""
         return self.ledger.rows(sql, json.dumps(list(numbers)))
 
+    def tagged(self, tags: Iterable[str]) -> list[int]:
+        """The questions whose record is in force and concerns a query with these tags, whatever the time."""
+        sql = """SELECT DISTINCT question.number FROM tag JOIN record ON record.number = tag.record
+                 JOIN question ON question.record = record.number
+                 WHERE tag IN (SELECT value FROM json_each(?)) AND ended IS NULL ORDER BY question.number"""
+        return [number for (number,) in self.ledger.rows(sql, json.dumps(["", *tags]))]
+
     # --------------------------------------------------------------------------------------------------------------------- inside
 
     def _last_of_active(self) -> tuple[RecordRow, ...]:
@@ -299,6 +306,8 @@ class Records:
         ((number,),) = self.ledger.rows(sql, *values)
         for text in record.questions:
             self.ledger.rows("INSERT INTO question (record, text, folded) VALUES (?, ?, ?)", number, text, folded(text))
+        for tag in record.tags or ("",):
+            self.ledger.rows("INSERT INTO tag (tag, record) VALUES (?, ?)", tag, number)
 
     def _end(self, row: RecordRow, what: str, detail: str) -> None:
         event = self.ledger.log(what, row.record.id, detail)

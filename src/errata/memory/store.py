@@ -12,7 +12,7 @@ The memory belongs to one encoder from its first record on (`moved` takes it to 
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +31,7 @@ from errata.memory.vectors import BATCH, Cache
 from errata.types import LedgerError, MissingExtra, Record, WrongBase, utc
 
 FOLDER = Path("aside") / "memory"
-WIDEST = 4096  # questions that are looked through for those of a tag or a time, before all are
+WIDEST = 4096  # questions that are looked through for those of a tag or a time, before those of the tag are
 
 
 @final
@@ -140,19 +140,28 @@ class EditMemory:
         """As `search`, for the vector (D,) of a query."""
         self.catch_up()
         moment, tags = now() if at is None else utc(at), frozenset(tags)
-        fetch = 4 * k
-        while True:
-            numbers, scores = self._index.search(vector, fetch)
-            found = self._holding((numbers // 2).tolist(), scores.tolist(), moment, tags)
-            if len(found) >= k or fetch >= len(self._index):
+        found: dict[int, tuple[float, str]] = {}
+        for numbers, scores in self._nearer(vector, 4 * k, tags):
+            found = self._holding((numbers // 2).tolist(), scores.tolist(), moment, tags) | found
+            if len(found) >= k:
                 break
-            fetch = 4 * fetch if 4 * fetch <= WIDEST else len(self._index)
-        found = dict(list(found.items())[:k])
+        found = dict(sorted(found.items(), key=lambda item: (-item[1][0], -item[0]))[:k])
         rows = self.records.numbered(found)
         return tuple(Hit(row=rows[number], score=score, question=text) for number, (score, text) in found.items())
 
+    def _nearer(self, vector: np.ndarray, fetch: int, tags: frozenset[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The questions nearest to a vector, with their products, four times as many each time; where few of so many concern the query,
+        all whose tags do, some at a time."""
+        while fetch < min(WIDEST, len(self._index)):
+            yield self._index.search(vector, fetch)
+            fetch *= 4
+        numbers = np.array(self.records.tagged(tags), dtype=np.int64)
+        numbers, scores = self._index.among(vector, np.concatenate([2 * numbers, 2 * numbers + 1]))
+        for at in range(0, len(numbers), WIDEST):
+            yield numbers[at : at + WIDEST], scores[at : at + WIDEST]
+
     def _holding(self, numbers: list[int], scores: list[float], moment: str, tags: frozenset[str]) -> dict[int, tuple[float, str]]:
-        """{record: (score, question)} for the records of these questions that hold and are concerned, each once, the nearest first."""
+        """{record: (score, question)} of the records of these questions that hold and are concerned, by the nearest question of each."""
         asked = {question: (record, text, scope) for question, record, text, scope in self.records.asked(numbers)}
         found: dict[int, tuple[float, str]] = {}
         for number, score in zip(numbers, scores, strict=True):
@@ -161,7 +170,7 @@ class EditMemory:
             record, text, scope = asked[number]
             if record not in found and _concerns(json.loads(scope), moment, tags):
                 found[record] = (score, text)
-        return dict(sorted(found.items(), key=lambda item: (-item[1][0], -item[0])))
+        return found
 
     # -------------------------------------------------------------------------------------------------------------------- the index
 
