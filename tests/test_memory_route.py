@@ -64,6 +64,10 @@ MIXED = ("The river of Rome is", "Lily loved to play", "Paris lies on the", "The
         ("Name the head of Fenasoft.\nAnswer:", "Name the head of Fenasoft. Answer:"),
         ("It is late. Note: the head of Fenasoft is", "Note: the head of Fenasoft is"),
         ("Answer:", "Answer:"),
+        ("<|user|>\nWho leads Fenasoft?\n<|assistant|>\n", "Who leads Fenasoft? <|assistant|>"),
+        ("<start_of_turn>user\nName its head.<end_of_turn>\n<start_of_turn>model\n", "Name its head.<end_of_turn> <start_of_turn>model"),
+        ("[INST] Who leads Fenasoft? [/INST]", "[INST] Who leads Fenasoft? [/INST]"),
+        ("It is late.\nModel trains are", "Model trains are"),
     ],
 )
 def test_the_last_sentence_is_what_is_asked(text: str, asked: str) -> None:

@@ -26,7 +26,8 @@ from errata.types import Example, State, WrongBase
 MARK = " ="  # stands behind what a question and a note have in common
 PREFIX = "reader/"  # of a state's tensors: WEIGHT.A and WEIGHT.B, the factors of a difference, or WEIGHT, the whole of it
 _END = re.compile(r"(?<![A-Z])(?<![A-Z][a-z])(?<![A-Z][a-z][a-z])[.!?…][\"'”’)\]]*\s+|\n+")  # "St. Lucia" and "J. Smith" are no ends
-_ANSWER = re.compile(r"\W*\w+(?: \w+)?\W*:\W*")  # "A:", "**Short answer:**"
+# "A:", "**Short answer:**", and what chat templates end with: "<|assistant|>", "<start_of_turn>model", "[/INST]"
+_ANSWER = re.compile(r"\W*(?:\w+(?: \w+)?\W*:|(?:start_of_turn\W*)?(?:assistant|model|INST)\b)\W*", re.IGNORECASE)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
