@@ -176,7 +176,9 @@ def test_training_begins_behind_the_rounds_that_an_edit_makes(host: Host) -> Non
             assert float((mine - theirs).norm()) < 1e-3 * float(theirs.norm())
 
 
-def test_the_later_half_of_the_training_begins_behind_any_round_but_the_last(tiny_llama: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_but_the_first_steps_of_the_training_begin_behind_any_round_but_the_last(
+    tiny_llama: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
     taken, earlier, graded = list[tuple[int, int]](), Malmen._earlier, _meta.Merging.graded
     steps: list[int] = []
 
@@ -193,8 +195,8 @@ def test_the_later_half_of_the_training_begins_behind_any_round_but_the_last(tin
     monkeypatch.setattr(_meta.Merging, "graded", at)
     monkeypatch.setattr(Malmen, "_earlier", seen)
     malmen(steps=16, rounds=3).prepare(tiny_llama, CASES, RUN)
-    assert {rounds for _, rounds in taken} == {1, 2} and min(step for step, _ in taken) >= 8
-    assert len(taken) < 8, "some of them begin at the beginning"
+    assert {rounds for _, rounds in taken} == {1, 2} and min(step for step, _ in taken) >= 0.15 * 16
+    assert len(taken) < 13, "some of them begin at the beginning"
 
 
 def test_rows_of_all_tokens(tiny_gpt2: Host) -> None:

@@ -281,6 +281,11 @@ def test_what_should_stay_states_no_edited_fact(tiny_gpt2: Host) -> None:
     assert stated not in texts and any("Lily" in t for t in texts)
     assert not any(t.startswith("The capital of France is") for t in texts), "it is edited itself"
     assert {e for _, e in asked.prompts} == {blocked.example, CASES[1].example}
+    own = {prompt for prompt, e in asked.prompts if prompt == e.prompt}
+    assert own == {c.example.prompt for c in (blocked, CASES[1])}, "each in its own prompt, whatever else is drawn"
+    assert len(asked.prompts) > len(own)
+    school.s = dataclasses.replace(school.s, faithful=True)
+    assert not any(prompt == e.prompt for prompt, e in school.asked([blocked, CASES[1]], random.Random(0)).prompts)
 
 
 def test_states_that_do_not_serve_are_refused_with_a_sentence(tiny_llama: Host) -> None:

@@ -59,7 +59,7 @@ HELD_BACK = (0.1, 2, 96)  # cases that validate: this share of them, at least, a
 REMEMBERED = 1 << 28  # bytes, about, of rows that are not taken again: those of a case are the same in every step
 EDITED = 6  # modules, if none are named: what a subject means is found in the lower blocks, what to say of it in the upper ones
 BLOCK = 32  # cases whose rows are taken together
-BEHIND = 0.5  # of the steps, the last ones, may begin behind earlier rounds, where a method has several
+BEHIND = 0.85  # of the steps, the last ones, may begin behind earlier rounds, where a method has several
 ABOVE_ZERO = "lam share lr rate clip least chunk every patience asked batch_size rank rounds caution".split()
 SINGLE = 2  # held-back cases that validate by themselves, where few are edited together
 
@@ -78,7 +78,7 @@ class Settings:
     steps        at most
     lr, rate     length of Adam's steps, for the network and for its scalars, as log eta and log lam; both fall as a cosine
     least, most  n of a step is drawn between them, evenly in its logarithm
-    asked        prompts of each case in a step
+    asked        prompts of each case in a step: its own, unless `faithful`, and some of its other ways
     near         neighbours in a step; `near_weight` that of their KL, per token
     hold         held documents in a step; `hold_weight` that of their KL, per token
     every        steps between two validations
@@ -374,8 +374,9 @@ class School:
         examples = [c.example for c in cases]
         prompts: list[tuple[str, Example]] = []
         for c in cases:
-            ways = [*c.paraphrases, *c.paragraphs, *([] if s.faithful else [c.example.prompt])] or [c.example.prompt]
-            chosen = rng.sample(ways, k=min(s.asked, len(ways)))
+            own, others = [c.example.prompt], [*c.paraphrases, *c.paragraphs]
+            always = [] if s.faithful and others else own
+            chosen = [*always, *rng.sample(others, k=min(s.asked - len(always), len(others)))]
             prompts += [(way if fits(host, way, c.example) else c.example.prompt, c.example) for way in chosen]
         edited = {e.prompt for e in examples}.union(*((*c.paraphrases, *c.paragraphs) for c in cases))
         around = [(nb.prompt, nb.answer) for c in cases for nb in c.neighbours if nb.prompt not in edited]
@@ -444,7 +445,7 @@ class Merging:
     """How the network of `_hyper.py` is learnt: `rows` says how rows are taken, `moved` what their outputs should differ by, `merge` how
     they come to S. `share` is the first length of the differences, as a share of the module's outputs.
 
-    A method that edits in several `rounds` says with `earlier` what some of them come to. The later half of the steps then begins behind
+    A method that edits in several `rounds` says with `earlier` what some of them come to. All steps but the first ones then begin behind
     any number of them but the last, as they are, and teaches the round that follows; what is judged is a round in the middle."""
 
     def __init__(

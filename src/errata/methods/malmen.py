@@ -86,8 +86,8 @@ class Malmen(Method):
     chunk: int = 1024
     rank: int = 256
     lam: float = 0.1
-    share: float = 0.5
-    steps: int = 300
+    share: float = 0.15
+    steps: int = 240
     lr: float = 3e-4
     rate: float = 3e-2
     least: int = 8
