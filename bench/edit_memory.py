@@ -2,7 +2,7 @@
 
 How far the resident memory rises above what it is with the model, the facts and the learnt state there, while `edit` makes the patch (no
 budget is looked at, `held` = 0), in a process of its own; the median of three. `malmen` takes two rounds: the second reads all facts
-again. What was learnt does not matter: one step of it.
+again. What was learnt does not matter: one step of it. --only chooses methods.
 """
 
 import statistics
@@ -32,7 +32,7 @@ def of_edit(method: str, n: int, seed: int) -> int:
 def main() -> None:
     args = arguments(__doc__)
     few, many = (128, 512) if args.quick else (128, 4096)
-    for method in ("malmen", "mend", "ultraedit"):
+    for method in args.only.split(",") if args.only else ("malmen", "mend", "ultraedit"):
         small, large = (statistics.median(apart(args, of_edit, method, n, args.seed)) for n in (few, many))
         how = f"{large / 1e6:.0f} MB against {small / 1e6:.0f} MB"
         emit(
