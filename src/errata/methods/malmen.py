@@ -8,9 +8,9 @@ network (`_hyper.py`) makes of them. It learns from training cases (`_meta.py`),
 that the solve is gone through backwards, with the factor that it has already (`_normal.backward`).
 
 In each of `rounds` the rows are taken on what the rounds before have come to, so that what is still missing is asked for again, and only
-that; lam is `caution` times what was learnt, so that no round but the last goes far. The later half of the training begins behind such
-rounds, and teaches the next. With one round the rows of an example depend on no other example: whoever keeps them, or their sums, adds one
-with a pass and a solve, and takes one back as if it had never been there (`rows`, `solve`).
+that; lam is `caution` times what was learnt, so that no round but the last goes far. All of the training but its first steps begins
+behind such rounds, and teaches the next. With one round the rows of an example depend on no other example: whoever keeps them, or their
+sums, adds one with a pass and a solve, and takes one back as if it had never been there (`rows`, `solve`).
 
 Unlike malmen@1df295d, unless `faithful`, which stands for all of these at once:
   - P is C = E[k k^T] over text, and lam counts usual keys as in `memit` (there: P = I and lam begins at 1, whatever the keys; the keys of a
