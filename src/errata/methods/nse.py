@@ -23,7 +23,7 @@ from torch import Tensor
 
 from errata.hosts import Host, Weights
 from errata.methods import _keys
-from errata.types import Case, Example, InvalidExample, Method, Op, Patch, Run, State
+from errata.types import Case, Example, InvalidExample, Method, Op, Patch, Run, State, forget
 
 
 @final
@@ -87,7 +87,9 @@ def selected(K_KP: Float[Tensor, "K P"], p: float) -> Tensor:
     return by_score_K[:kept].sort().values
 
 
-def _selected_gains(L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"], lam: float, p: float, tell: _keys.Tell) -> Float[Tensor, "P K"]:
+def _selected_gains(
+    L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"], lam: float, p: float, tell: _keys.Tell = forget
+) -> Float[Tensor, "P K"]:
     if p == 1:
         return _keys.gains(L_KK, K_KP, lam * len(L_KK), tell)
     s = selected(K_KP, p)
