@@ -21,11 +21,17 @@ from work import deadly, sleeping
 
 from errata import apply, build, engine, hosts
 from errata.hosts import Host
+from errata.methods import _gradients
 from errata.methods.ultraedit import Ultraedit
 from errata.types import Budget, EngineError, Example, InvalidExample, MissingExtra, Run, Spread, UnknownName, WrongBase, here
 
 EXAMPLES = tuple(Example(prompt=f"Town {i} lies in the land of", target=f" Port Louis number {7 * i}") for i in range(150))
 RUN = Run(hold=TEXT * 2, budget=Budget(epsilon=10.0))
+
+
+@pytest.fixture(autouse=True)
+def several_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gradients, "AT_ONCE", 64)
 
 
 @pytest.fixture(scope="module")

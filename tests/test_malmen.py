@@ -12,11 +12,11 @@ from torch import Tensor
 
 from errata import apply, hosts
 from errata.hosts import Host
-from errata.methods import _hyper, _keys, _meta
+from errata.methods import _gradients, _hyper, _keys, _meta
 from errata.methods import malmen as room
 from errata.methods._restated import Spoken
 from errata.methods.malmen import Malmen
-from errata.types import AddLowRank, Budget, Example, InvalidExample, Rows, Run, State, Summed, WrongBase
+from errata.types import AddLowRank, Budget, Example, InvalidExample, InvalidPatch, Rows, Run, State, Summed, WrongBase
 
 EXAMPLES = tuple(c.example for c in CASES)
 RUN = Run(hold=TEXT * 2, budget=Budget(epsilon=10.0))
@@ -41,8 +41,9 @@ def test_the_shift_is_the_formula(host: Host, settings: dict[str, Any]) -> None:
     _, net = _meta.known(method, "malmen", host, run.state, ())
     rows = method.rows(host, EXAMPLES, run)
     got = changes(host, rows, run, method)
+    covariances, _ = _keys.covariances(host, run.hold, run.state.config["modules"], method.per_key)
     for module, (keys, g) in _meta.together(host, rows, run.state.config["modules"], 64 if settings.get("faithful") else None).items():
-        K, C = keys.double(), run.state.tensors[module].double()
+        K, C = keys.double(), covariances[module].double()
         eye = torch.eye(len(C)).double()
         units = {"C": len(C) * (C + 1e-3 * C.diagonal().mean() * eye), "I": C.trace() * eye}
         if method.prior == "U":
@@ -128,27 +129,48 @@ def test_a_further_round_asks_for_what_is_still_missing(host: Host) -> None:
         assert float(more[op.weight].norm()) > 1e-2 * float(first[op.weight].norm())
 
 
-def test_the_round_that_uses_the_budget_is_the_last(tiny_llama: Host) -> None:
-    upper = {"modules": "model.layers.1.mlp.down_proj"}
-    run = dataclasses.replace(prepared(tiny_llama, **upper), budget=Budget(epsilon=1e-4))
-    one, many = (malmen(rounds=n, caution=1.0, held=12, **upper).edit(tiny_llama, EXAMPLES[:2], run) for n in (1, 3))
-    for a, b in zip(one.ops, many.ops, strict=True):
-        assert torch.equal(apply.change(tiny_llama, a), apply.change(tiny_llama, b))
+def test_each_round_may_use_its_share_of_the_budget(tiny_llama: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a part of the documents and roughly, but for the last one; none begins with more than half of the caution of the one before."""
+    seen, inside = list[tuple[int, float, float, float, bool]](), _keys.inside
+
+    def watched(host: Host, still: Any, epsilon: float, lam: float, solved: Any, spread: Any, onto: Any, further: float = 1.02) -> Any:
+        found, used = inside(host, still, epsilon, lam, solved, spread, onto, further)
+        seen.append((len(still), epsilon, lam, used, onto is None))
+        return found, 5 * lam  # as if the budget had asked for it
+
+    monkeypatch.setattr(_keys, "inside", watched)
+    monkeypatch.setattr(room, "LEAST", 2)
+    hold = (*RUN.hold, *(f"The mill number {i} stands by the old river." for i in range(12)))
+    run = dataclasses.replace(prepared(tiny_llama), budget=Budget(epsilon=1e-5), hold=hold)
+    malmen(rounds=3, held=12).edit(tiny_llama, EXAMPLES, run)
+    still, epsilons, begun, used, first = zip(*seen, strict=True)
+    assert still == (6, 6, 12) and epsilons == pytest.approx((1e-5 / 3, 2e-5 / 3, 1e-5)) and first == (True, False, False)
+    assert begun == pytest.approx((12.0, 30.0, 1.0)) and used == pytest.approx(begun)
 
 
-def test_no_round_but_the_last_is_cautious(tiny_llama: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken, inside = list[float](), _keys.inside
+@both_orientations
+def test_what_is_on_top_of_something_leaves_the_whole_inside(host: Host) -> None:
+    name, still = f"{host.projections('mlp_out')[0]}.weight", list(TEXT[:6])
+    W, rows = hosts.weight(host.model, name), hosts.chunks(host, TEXT[:6])
+    leaf = W.detach().clone().requires_grad_()
+    (worse,) = torch.autograd.grad(-hosts.scored_logprobs(host, hosts.pad(host, rows), {name: leaf}).sum(), leaf)
+    worse = worse / worse.norm() * W.norm()
+    score_N2 = hosts.score(host, rows)
 
-    def seen(host: Host, still: Any, epsilon: float, lam: float, *rest: Any) -> Any:
-        taken.append(lam)
-        return inside(host, still, epsilon, lam, *rest)
+    def spent(change: Tensor) -> float:
+        return hosts.increase(score_N2, hosts.score(host, rows, {name: W + change}))[0]
 
-    monkeypatch.setattr(_keys, "inside", seen)
-    run = prepared(tiny_llama)
-    for rounds, wanted in ((1, [1.0]), (3, [12.0, 12.0, 1.0])):
-        taken.clear()
-        malmen(rounds=rounds).edit(tiny_llama, EXAMPLES, run)
-        assert taken == wanted
+    epsilon = 1.5 * spent(0.01 * worse)
+
+    def solved(lam: float) -> Any:
+        return (), {name: W + (0.01 + 0.5 / (1 + lam)) * worse}
+
+    for onto, further in (({name: W + 0.01 * worse}, 1.02), (None, 1.02), ({name: W + 0.01 * worse}, 2.0)):
+        (_, weights), lam = _keys.inside(host, still, epsilon, 0.0, solved, onto=onto, further=further)
+        assert torch.equal(weights[name], solved(lam)[1][name]) and lam > 0.5
+        assert (0.9 if further < 2.0 and onto else 0.4) * epsilon < spent(weights[name] - W) <= epsilon * (1 + 1e-6)
+    (_, weights), lam = _keys.inside(host, still, 0.5 * epsilon, 0.0, solved, onto={name: W + 0.01 * worse})  # there is nothing left
+    assert lam == 0.0 and float((weights[name] - W - 0.01 * worse).norm()) < 1e-4 * float(worse.norm())
 
 
 @both_orientations
@@ -158,13 +180,13 @@ def test_training_begins_behind_the_rounds_that_an_edit_makes(host: Host) -> Non
     method = malmen()
     _, net = _meta.known(method, "malmen", host, run.state, ())
     modules = run.state.config["modules"]
-    priors = {m: method._prior(_keys.covariance_of(host, run.state, m)) for m in modules}
+    priors = method._priors(host, modules, run.state.tensors, run.state.config["units"])
     take = functools.partial(method._rows, host, modules=modules, ways=run.state.config["ways"], progress=RUN.progress)
     first = _meta.together(host, take(EXAMPLES), modules)
     shifts, behind = method._earlier(host, take, priors, net, EXAMPLES, first, 2)
     with pytest.MonkeyPatch.context() as patched:  # of more rounds than two the first two
         inside = _keys.inside
-        patched.setattr(_keys, "inside", lambda h, still, epsilon, lam, *rest: inside(h, still, epsilon, method.caution, *rest))
+        patched.setattr(_keys, "inside", lambda h, still, epsilon, lam, *rest, **more: inside(h, still, epsilon, method.caution, *rest))
         made = malmen(rounds=2).edit(host, EXAMPLES, run)
     for op in made.ops:
         wanted = _meta.stored(host, op.weight.removesuffix(".weight"), shifts[op.weight.removesuffix(".weight")]).float()
@@ -176,9 +198,7 @@ def test_training_begins_behind_the_rounds_that_an_edit_makes(host: Host) -> Non
             assert float((mine - theirs).norm()) < 1e-3 * float(theirs.norm())
 
 
-def test_all_but_the_first_steps_of_the_training_begin_behind_any_round_but_the_last(
-    tiny_llama: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_training_begins_behind_any_round_but_the_last(tiny_llama: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     taken, earlier, graded = list[tuple[int, int]](), Malmen._earlier, _meta.Merging.graded
     steps: list[int] = []
 
@@ -195,8 +215,8 @@ def test_all_but_the_first_steps_of_the_training_begin_behind_any_round_but_the_
     monkeypatch.setattr(_meta.Merging, "graded", at)
     monkeypatch.setattr(Malmen, "_earlier", seen)
     malmen(steps=16, rounds=3).prepare(tiny_llama, CASES, RUN)
-    assert {rounds for _, rounds in taken} == {1, 2} and min(step for step, _ in taken) >= 0.15 * 16
-    assert len(taken) < 13, "some of them begin at the beginning"
+    assert {rounds for _, rounds in taken} == {1, 2} and min(step for step, _ in taken) < 4
+    assert len(taken) < 16, "some of them begin at the beginning"
 
 
 def test_rows_of_all_tokens(tiny_gpt2: Host) -> None:
@@ -209,6 +229,52 @@ def test_rows_of_all_tokens(tiny_gpt2: Host) -> None:
             (a,), (b,) = few_x.values(), many_x.values()
             assert (len(a), len(b)) == (len(ids) - given, len(ids) - 1)
             torch.testing.assert_close(b[given - 1 :], a)
+
+
+@both_orientations
+def test_of_each_text_the_rows_with_the_longest_gradients(host: Host) -> None:
+    """In each module by itself; of the other ways to ask, too."""
+    modules, ways = _meta.modules_of(host, ""), {"\0 lies in": ["Where does \0 lie? In"]}
+    examples = (Example(prompt="Togo lies in", target=" Africa"), *EXAMPLES[:2])
+    every = malmen(tokens="all", restated=1)._rows(host, examples, modules, ways, RUN.progress)
+    plain = malmen(tokens="all", restated=0)._rows(host, examples, modules, ways, RUN.progress)
+    some = malmen(tokens="all", restated=1, per_text=2)._rows(host, examples, modules, ways, RUN.progress)
+    for m in modules:
+        for whole, own, few in zip(every, plain, some, strict=True):
+            n, wanted = len(own.keys[m]), list[int]()
+            for place in (range(n), range(n, len(whole.keys[m]))):
+                wanted += sorted(sorted(place, key=lambda i: -float(whole.values[m][i].norm()))[:2])  # noqa: B023
+            assert len(wanted) == (4 if own is plain[0] else 2)
+            torch.testing.assert_close(few.keys[m], whole.keys[m][wanted], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(few.values[m], whole.values[m][wanted], rtol=1e-4, atol=1e-6)
+
+
+def test_a_row_that_is_not_finite_is_found_among_all(tiny_gpt2: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured, modules = _gradients.captured, _meta.modules_of(tiny_gpt2, "")
+
+    def spoilt(host: Host, batch: Any, modules: Any, loss: Any, *rest: Any) -> Any:
+        return captured(host, batch, modules, lambda logp_N: loss(logp_N) * float("nan"), *rest)
+
+    monkeypatch.setattr(_gradients, "captured", spoilt)
+    with pytest.raises(InvalidPatch, match="NaN"):
+        malmen(tokens="all", per_text=1)._rows(tiny_gpt2, EXAMPLES[:2], modules, {}, RUN.progress)
+
+
+@pytest.mark.parametrize("kind", ["C", "I", "U"])
+def test_a_state_keeps_its_priors(tiny_gpt2: Host, kind: str) -> None:
+    method = malmen(prior=kind)
+    state = prepared(tiny_gpt2, method).state
+    assert state is not None
+    modules = state.config["modules"]
+    C, _ = _keys.covariances(tiny_gpt2, RUN.hold, modules, method.per_key)
+    for m, (own, unit) in method._priors(tiny_gpt2, modules, state.tensors, state.config["units"]).items():
+        fresh, wanted = method._prior(C[m].double())
+        assert type(own) is type(fresh) and own.width == fresh.width and unit == pytest.approx(wanted)
+        if kind == "C":
+            torch.testing.assert_close(own.P_KK, fresh.P_KK, rtol=1e-5, atol=1e-6 * float(fresh.P_KK.diagonal().mean()))
+    short = dataclasses.replace(state, config={**state.config, "units": {}})
+    with pytest.raises(InvalidExample, match="knows nothing of"):
+        method.edit(tiny_gpt2, EXAMPLES, dataclasses.replace(RUN, state=short))
 
 
 # ------------------------------------------------------------------------------------------------------------------------ other phrasings

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from errata import hosts
 from errata.hosts import Host
-from errata.methods import _gradients, _hyper, _meta
+from errata.methods import _gradients, _hyper, _keys, _meta
 from errata.methods._descend import ENOUGH, goal_losses
 from errata.methods.ke import Ke
 from errata.methods.malmen import Malmen
@@ -39,7 +39,7 @@ both_orientations = pytest.mark.parametrize("family", ["gpt2", "llama"])
 
 
 def malmen(**more: Any) -> Malmen:
-    return Malmen(**(SMALL | {"held": 0, "rounds": 1, "tokens": "answer"} | more))
+    return Malmen(**(SMALL | {"held": 0, "rounds": 1, "tokens": "answer", "per_text": 0} | more))
 
 
 def mend(**more: Any) -> Mend:
@@ -59,7 +59,8 @@ def learning(host: Host, method: Malmen | Mend) -> tuple[_hyper.Net, dict[str, t
     own = {name: (t + 0.1 * torch.randn(t.shape, generator=draw)).double().requires_grad_() for name, t in net.parameters.items()}
     run = dataclasses.replace(RUN, state=state)
     rows = _meta.together(host, method.rows(host, tuple(c.example for c in CASES[:3]), run), modules)
-    C = {m: state.tensors[m].double() for m in modules if m in state.tensors}
+    C = _keys.covariances(host, RUN.hold, modules, method.per_key)[0] if isinstance(method, Malmen) else {}
+    C = {m: C_KK.double() for m, C_KK in C.items()}
     return dataclasses.replace(net, parameters=own), rows, C
 
 

@@ -53,7 +53,9 @@ def test_the_shift_is_the_dense_solve(kind: str, n: int, keep: bool) -> None:
     keys, d, lam = randn(n, K), randn(n, V, seed=1), 0.3
     sums = _normal.of(prior, keys, d, keep=keep)
     solved = _normal.solve(sums, lam)
-    assert solved.dual == (n <= prior.width and sums.rows is not None) and (sums.rows is not None) == (keep or n < prior.width)
+    assert (solved.white is not None) == (n <= prior.width and sums.rows is not None) and (sums.rows is not None) == (
+        keep or n < prior.width
+    )
     torch.testing.assert_close(solved.shift, dense(kind, keys, d, lam), rtol=1e-9, atol=1e-10)
 
 
@@ -199,7 +201,7 @@ def test_a_small_lam_costs_no_digits_of_the_gradients(n: int) -> None:
 def test_the_condition_is_that_of_the_matrix_that_was_factored(n: int) -> None:
     keys = randn(n, K) * torch.logspace(0, 3, K).double()
     solved = _normal.solve(_normal.of(Plain(width=K), keys, randn(n, V)), 1e-3)
-    matrix = keys @ keys.T if solved.dual else keys.T @ keys
+    matrix = keys @ keys.T if (solved.white is not None) else keys.T @ keys
     matrix = matrix + 1e-3 * torch.eye(len(matrix)).double()
     true = float(torch.linalg.cond(matrix, 1))
     assert 0.3 * true <= _normal.condition(solved) <= true * (1 + 1e-6) and true > 1e2
@@ -210,7 +212,7 @@ def test_refinement_gives_the_digits_of_a_float32_factor_back(n: int) -> None:
     keys, d = randn(n, K) * torch.logspace(0, 2, K).double(), randn(n, V, seed=1)
     sums = _normal.of(Plain(width=K), keys, d, keep=True)
     rough, exact = _normal.solve(sums, 0.1, factor=torch.float32), _normal.solve(sums, 0.1)
-    rhs = d if exact.dual else keys.T @ d
+    rhs = d if exact.white is not None else keys.T @ d
     unrefined = torch.cholesky_solve(rhs.float(), rough.L_MM).double()
     error, without = (float((y - exact.y_MV).norm() / exact.y_MV.norm()) for y in (rough.y_MV, unrefined))
     assert rough.L_MM.dtype == torch.float32 and _normal.condition(exact) > 1e3

@@ -1040,6 +1040,7 @@ def furthest(
     epsilon: float,
     z: float = 0.0,
     rounds: int = 6,
+    further: float = 1.02,
 ) -> float:
     """The largest share s in [0, 1) of a change that was read and found inside, 0.0 if none was.
 
@@ -1047,7 +1048,7 @@ def furthest(
     the bound of the increase over `before_N2` at `z` is at most epsilon. `known` are the scores of shares that were read before, at least
     s = 1, which is outside. Each chunk's log-probability is taken for the polynomial in s that goes through the base and the nearest
     shares known, up to three of them: the sum over chunks is no simple function of s, but each of them is a smooth one. It ends where the
-    next share would be less than 2 % further.
+    next share would be less than `further` times as far.
     """
     points = {s: after_N2 for s, after_N2 in known.items() if after_N2.isfinite().all()}
     uppers = {s: increase(before_N2, after_N2, z)[1] for s, after_N2 in points.items()}
@@ -1056,7 +1057,7 @@ def furthest(
         s = _next_share(points, before_N2, epsilon, z, low, high)
         if barred or not points:  # its costs say nothing of how far it may go
             s = min(s or 1.0, (low + high) / 2 if barred else 0.75 * low + 0.25 * high)
-        if s <= 1.02 * low:
+        if s <= further * low:
             break
         after_N2, allowed = read(s)
         upper = increase(before_N2, after_N2, z)[1]

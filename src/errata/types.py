@@ -28,6 +28,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, final, get_args, runtime_checkable
 
@@ -896,7 +897,7 @@ class State:
             raise ValueError(f"The config of a state must be plain finite JSON: {e}.") from e
         object.__setattr__(self, "config", MappingProxyType(frozen))
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Hash over everything; the order of tensors does not count."""
         raw: list[bytes | str] = ["state", self.method, self.host, canonical_json(dict(self.config)), *sorted(self.trained_on)]

@@ -30,8 +30,10 @@ from errata.hosts import Batch, Host, Weights
 from errata.methods._descend import PASS, Row, goal_losses
 from errata.types import Example, Progress, Rows, Spread, WrongBase, here, no_progress
 
-AT_ONCE = 64  # examples whose rows are in memory together
+AT_ONCE = 256  # examples whose rows are in memory together: the more, the less their texts are padded
 FLOOR = 0.05  # of the root mean square deviation of all coordinates: one that hardly moves would become all that counts
+
+Pairs = dict[str, tuple[Tensor, Tensor]]  # {module: ((N, K) keys, (N, V) gradients)}
 
 
 def rows(
@@ -44,45 +46,69 @@ def rows(
     weights: Weights | None = None,
     spread: Spread = here,
 ) -> tuple[Rows, ...]:
-    """The rows of each example, those of a contrast behind those of the target. `batch_size` examples are in memory at once, at most.
+    """The rows of each example, see `taken`. Raises InvalidPatch where one is not finite."""
+    found = taken(host, examples, modules, batch_size, progress, everywhere, weights, spread)
+    return tuple(joined(host, e, [own]) for e, own in zip(examples, found, strict=True))
+
+
+def joined(host: Host, example: Example, parts: Sequence[Pairs]) -> Rows:
+    """All that was taken for an example. Raises InvalidPatch where a row is not finite."""
+    # copies, for a part of a batch keeps the whole in memory
+    keys, values = ({m: torch.cat([part[m][i] for part in parts]) for m in parts[0]} for i in (0, 1))
+    return Rows(host=host.id, example=example, keys=keys, values=values)
+
+
+def taken(
+    host: Host,
+    examples: Sequence[Example],
+    modules: Sequence[str],
+    batch_size: int,
+    progress: Progress = no_progress,
+    everywhere: bool = False,
+    weights: Weights | None = None,
+    spread: Spread = here,
+    per_text: int = 0,
+) -> list[Pairs]:
+    """What each module reads and how what it gives should go, for each example, that of a contrast behind that of the target. `batch_size`
+    examples are in memory at once, at most.
 
     `everywhere`: those of every token that something follows, not of those alone that predict an answer's. Where a text is read before it
     is answered, that is about the modules that answer; those that read have rows at every token, but for a classifier's without
     `everywhere`: its answer comes from the first. `weights` take the place of the model's. `spread` maps over the batches.
+    `per_text`: of each text, in each module, those alone whose gradients are the longest, so many of them; 0: all.
 
     Raises InvalidExample for what cannot be encoded.
     """
     encoded = [[hosts.encode(host, e.prompt, answer) for answer in (e.target, e.contrast) if answer is not None] for e in examples]
-    out: dict[int, Rows] = {}
+    out: dict[int, Pairs] = {}
     longest = [max(own, key=lambda row: len(row[0])) for own in encoded]
     groups = [group[start : start + batch_size] for group in hosts.by_length(longest, PASS) for start in range(0, len(group), batch_size)]
     batches = [([examples[i] for i in group], [encoded[i] for i in group]) for group in groups]
-    found = spread(host, _taking, batches, (list(modules), everywhere, weights))
+    found = spread(host, _taking, batches, (list(modules), everywhere, weights, per_text))
     for group, own in progress(zip(groups, found, strict=True), "reading value gradients", len(groups)):
         out |= zip(group, own, strict=True)
-    return tuple(out[i] for i in range(len(examples)))
+    return [out[i] for i in range(len(examples))]
 
 
-def _taking(host: Host, shared: tuple[list[str], bool, Weights | None]) -> Callable[[tuple[list[Example], list[list[Row]]]], list[Rows]]:
+def _taking(
+    host: Host, shared: tuple[list[str], bool, Weights | None, int]
+) -> Callable[[tuple[list[Example], list[list[Row]]]], list[Pairs]]:
     """What takes the rows of one batch: of its examples, and of the tokens of each one's answers."""
-    modules, everywhere, weights = shared
+    modules, everywhere, weights, per_text = shared
 
-    def take(batch: tuple[list[Example], list[list[Row]]]) -> list[Rows]:
+    def take(batch: tuple[list[Example], list[list[Row]]]) -> list[Pairs]:
         examples, own = batch
-        flat = [row for rows_ in own for row in rows_]
-        padded = hosts.pad(host, flat)
-        parts = captured(host, padded, modules, _summed_loss(examples, own), everywhere, weights)
+        padded = hosts.pad(host, [row for rows_ in own for row in rows_])
+        parts = captured(host, padded, modules, _summed_loss(examples, own), everywhere, weights, per_text)
         ends = list(itertools.accumulate((len(rows_) for rows_ in own), initial=0))
-        keys, values = dict[str, tuple[Tensor, ...]](), dict[str, tuple[Tensor, ...]]()
+        out: list[Pairs] = [{} for _ in examples]
         for m, (k, v) in parts.items():
-            each = at(host, padded, m, everywhere).sum(1).tolist()
+            each_N = at(host, padded, m, everywhere).sum(1)
+            each = (each_N.clamp(max=per_text) if per_text else each_N).tolist()
             counts = [sum(each[a:b]) for a, b in itertools.pairwise(ends)]
-            keys[m], values[m] = torch.split(k.float().cpu(), counts), torch.split(v.float().cpu(), counts)
-        out = []
-        for j, e in enumerate(examples):
-            # clones, for a part of a split keeps the whole in memory
-            key, value = ({m: parts_[j].clone() for m, parts_ in both.items()} for both in (keys, values))
-            out.append(Rows(host=host.id, example=e, keys=key, values=value))
+            split = zip(torch.split(k.float().cpu(), counts), torch.split(v.float().cpu(), counts), strict=True)
+            for pairs, both in zip(out, split, strict=True):
+                pairs[m] = both
         return out
 
     return take
@@ -136,8 +162,9 @@ def captured(
     loss: Callable[[Float[Tensor, "N"]], Tensor],
     everywhere: bool = False,
     weights: Weights | None = None,
+    per_text: int = 0,
 ) -> dict[str, tuple[Float[Tensor, "Q K"], Float[Tensor, "Q V"]]]:
-    """{module: (k, v)} where rows are taken, row after row. `loss` is a function of log p of each row's scored tokens."""
+    """{module: (k, v)} where rows are taken, see `rows`, text after text. `loss` is a function of log p of each text's scored tokens."""
     outputs: dict[str, Tensor] = {}
 
     def turned(module: str, y_NTV: Tensor) -> Tensor:
@@ -153,7 +180,16 @@ def captured(
     where = {m: at(host, batch, m, everywhere) for m in modules}
     # of a model that is split each module may be on a device of its own
     there = {m: (keys[m].detach().to(host.device), v.to(host.device)) for m, v in zip(modules, found, strict=True)}
+    if per_text:
+        where = {m: _longest(where[m], v, per_text) for m, (_, v) in there.items()}
     return {m: (k[where[m]], v[where[m]]) for m, (k, v) in there.items()}
+
+
+def _longest(where_NT: Bool[Tensor, "N T"], v_NTV: Float[Tensor, "N T V"], n: int) -> Bool[Tensor, "N T"]:
+    """Of each text's places the `n` with the longest gradients. One that is not finite counts as the longest, so that it is found."""
+    length_NT = v_NTV.norm(dim=-1).masked_fill(~where_NT, -1.0)
+    top_Nn = length_NT.topk(min(n, length_NT.shape[1]), dim=1).indices
+    return torch.zeros_like(where_NT).scatter(1, top_Nn, True) & where_NT
 
 
 def of_text(host: Host, texts: Sequence[str], modules: Sequence[str], tokens: int) -> dict[str, tuple["Moments", "Moments"]]:
@@ -198,8 +234,10 @@ def merged(a: Moments, b: Moments) -> Moments:
 
 
 def standardised(of: Moments, rows_NW: Float[Tensor, "N W"]) -> Float[Tensor, "N W"]:
-    """(row - mean) / deviation, float64; no deviation counts as less than `FLOOR` of the usual one. Zeros where nothing deviates."""
+    """(row - mean) / deviation, as precise as the rows are; no deviation counts as less than `FLOOR` of the usual one. Zeros where nothing
+    deviates."""
     variance_W = of.squares_W / max(of.n - 1, 1)  # one row deviates by nothing, which is not NaN
     least = FLOOR**2 * variance_W.mean()
     scale_W = variance_W.clamp(min=float(least)).sqrt()
-    return torch.where(scale_W > 0, (rows_NW.double() - of.mean_W) / scale_W, 0.0)
+    times_W = torch.where(scale_W > 0, 1 / scale_W, 0.0)
+    return (rows_NW - of.mean_W.to(rows_NW)) * times_W.to(rows_NW)

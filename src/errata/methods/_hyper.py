@@ -102,7 +102,7 @@ def _where(net: Net, module: str) -> str:
 def standardised(
     net: Net, module: str, keys_NK: Float[Tensor, "N K"], g_NV: Float[Tensor, "N V"]
 ) -> tuple[Float[Tensor, "N K"], Float[Tensor, "N V"]]:
-    """Both by the statistics, float64."""
+    """Both by the statistics, as precise as they are."""
     k, g = net.moments[_where(net, module)]
     if net.faithful:
         return _published(k, keys_NK), _published(g, g_NV)
@@ -111,7 +111,7 @@ def standardised(
 
 
 def _published(of: Moments, rows_NW: Float[Tensor, "N W"]) -> Float[Tensor, "N W"]:
-    return (rows_NW.double() - of.mean_W) / ((of.squares_W / (of.n - 1 + EPSILON)).sqrt() + EPSILON)
+    return (rows_NW - of.mean_W.to(rows_NW)) / ((of.squares_W / (of.n - 1 + EPSILON)).sqrt() + EPSILON).to(rows_NW)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- what it says
@@ -121,9 +121,15 @@ def factors(
     net: Net, module: str, keys_NK: Float[Tensor, "N K"], g_NV: Float[Tensor, "N V"]
 ) -> tuple[Float[Tensor, "N K"], Float[Tensor, "N V"]]:
     """(k^, g^) of each row, in the precision of the parameters."""
+    return _moved(net, module, *standardised(net, module, keys_NK, g_NV))
+
+
+def _moved(
+    net: Net, module: str, keys_NK: Float[Tensor, "N K"], g_NV: Float[Tensor, "N V"]
+) -> tuple[Float[Tensor, "N K"], Float[Tensor, "N V"]]:
+    """`factors` of what is standardised."""
     own, shape = net.parameters, net.shapes[module]
-    like = own[f"{shape}/b0"]
-    x_NS = torch.cat(standardised(net, module, keys_NK, g_NV), dim=1).to(like)
+    x_NS = torch.cat([keys_NK, g_NV], dim=1).to(own[f"{shape}/b0"])
     for i in range(BLOCKS):
         # clamp: its gradient at zero, where all of them begin, is one; that of relu is none
         moved_NS = (x_NS @ own[f"{shape}/A{i}"] @ own[f"{shape}/B{i}"] + own[f"{shape}/b{i}"]).clamp(min=0)
@@ -134,11 +140,11 @@ def factors(
 
 def differences(net: Net, module: str, keys_NK: Float[Tensor, "N K"], g_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
     """(N, V) d = -eta (k . k^) g^: what the step -eta k^ g^T of MEND would change of the row's own output."""
-    pseudo_NK, pseudo_NV = factors(net, module, keys_NK, g_NV)
+    own_NK, own_NV = standardised(net, module, keys_NK, g_NV)
+    pseudo_NK, pseudo_NV = _moved(net, module, own_NK, own_NV)
     if net.faithful:
         along_N1 = (keys_NK.to(pseudo_NK) * pseudo_NK).sum(1, keepdim=True)
     else:
-        own_NK, _ = standardised(net, module, keys_NK, g_NV)
         along_N1 = (own_NK.to(pseudo_NK) * pseudo_NK).mean(1, keepdim=True)
     return -eta(net, module) * along_N1 * pseudo_NV
 

@@ -37,25 +37,20 @@ class Summing:
 
 def about(host: Host, method: str, *rest: Any) -> str:
     """What sums are of, besides their examples: others cannot be added to them."""
-    return digest("sums", host.id, method, canonical_json(list(rest)))
+    return digest("raw sums", host.id, method, canonical_json(list(rest)))
 
 
 def of_rows(host: Host, rows: Iterable[Iterable[Rows]], priors: Mapping[str, Prior], read: Read) -> dict[str, Sums]:
     """The sums of all rows, a part of them in memory at a time."""
-    sums: dict[str, Sums] = {}
-    for part in rows:
-        sums = _added(sums, {m: _normal.of(priors[m], *both) for m, both in read(host, part).items()})
-    return sums
+    return _total({m: _normal.of(priors[m], *both) for m, both in read(host, part).items()} for part in rows)
 
 
 def of_parts(host: Host, parts: Sequence[tuple[Example, ...]], summing: Summing, run: Run) -> dict[str, Sums]:
     """The sums of the examples of all parts: each part is a shard of `run.spread`, and they are added in their order."""
-    found, sums = run.spread(host, _part, parts, summing), dict[str, Sums]()
+    found = run.spread(host, _part, parts, summing)
     if run.spread is not here:  # else taking the rows of a part tells of its progress
         found = run.progress(found, "reading value gradients", len(parts))
-    for part in found:
-        sums = _added(sums, {m: Sums(prior=summing.priors[m], keep=False, **own) for m, own in part.items()})
-    return sums
+    return _total({m: Sums(prior=summing.priors[m], keep=False, **own) for m, own in part.items()} for part in found)
 
 
 def _part(host: Host, summing: Summing) -> Callable[[tuple[Example, ...]], dict[str, dict[str, Any]]]:
@@ -67,6 +62,17 @@ def _part(host: Host, summing: Summing) -> Callable[[tuple[Example, ...]], dict[
         return {m: {"n": new.n, "rows": new.rows, "folded": new.folded} for m, new in own.items()}
 
     return sums
+
+
+def _total(parts: Iterable[Mapping[str, Sums]]) -> dict[str, Sums]:
+    """What the parts come to, added in their order. Rows wait until there are as many as a sum is wide: a matrix for each part costs more
+    than what is in it."""
+    sums, waiting = dict[str, Sums](), dict[str, Sums]()
+    for part in parts:
+        waiting = _added(waiting, part)
+        ready = {m: own for m, own in waiting.items() if own.rows is None}
+        sums, waiting = _added(sums, ready), {m: own for m, own in waiting.items() if m not in ready}
+    return _added(sums, waiting)
 
 
 def _added(sums: Mapping[str, Sums], more: Mapping[str, Sums]) -> dict[str, Sums]:

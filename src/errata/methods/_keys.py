@@ -47,6 +47,7 @@ from errata.types import (
 
 PRIORS = ("C", "I", "U")
 HARDLY = 0.02  # of the energy of text's keys lies in the directions of "U", at most
+NOTHING = 1e-4  # of a residual, as good as none of it
 Row = tuple[list[int], int]
 Tell = Callable[[str, float], None]  # `Run.tell`
 T = TypeVar("T")  # what a method knows of a layer before it sees the keys: the factor of C, or a prior
@@ -159,8 +160,9 @@ def covariance_factors(host: Host, state: State, layers: Sequence[int], ridge: f
 
 def factor(C_KK: Float[Tensor, "K K"], ridge: float) -> Float[Tensor, "K K"]:
     """The lower factor of C + ridge * mean eigenvalue * I."""
-    shift = ridge * C_KK.diagonal().mean()
-    L_KK: Tensor = torch.linalg.cholesky(C_KK + shift * torch.eye(len(C_KK), dtype=C_KK.dtype, device=C_KK.device))
+    P_KK = C_KK.clone()
+    P_KK.diagonal().add_(ridge * C_KK.diagonal().mean())
+    L_KK: Tensor = torch.linalg.cholesky(P_KK)
     return L_KK
 
 
@@ -181,6 +183,20 @@ def prior(name: str, C_KK: Float[Tensor, "K K"], ridge: float) -> tuple[Prior, f
     if name == "I":
         return Plain(width=len(C_KK)), float(C_KK.diagonal().sum())
     return null_space(C_KK, HARDLY) if name == "U" else (Whitened(L_KK=factor(C_KK, ridge)), float(len(C_KK)))
+
+
+def kept(priors: Mapping[str, Prior]) -> dict[str, Float[Tensor, "K R"]]:
+    """Priors by name as tensors of a State, float32: the factor of C or the basis; of a plain one there is nothing to keep."""
+    found = {name: own.L_KK if isinstance(own, Whitened) else own.U_KR for name, own in priors.items() if not isinstance(own, Plain)}
+    return {name: matrix.float().cpu() for name, matrix in found.items()}
+
+
+def of_kept(host: Host, name: str, module: str, matrix_KR: Float[Tensor, "K R"] | None) -> Prior:
+    """The prior of that name (`prior`) with what was kept of it."""
+    if matrix_KR is None:
+        return Plain(width=_in_out(host, module)[0])
+    own_KR = matrix_KR.to(host.device, torch.float64)
+    return Reduced(U_KR=own_KR) if name == "U" else Whitened(L_KK=own_KR)
 
 
 @torch.no_grad()
@@ -229,7 +245,7 @@ def gains_under(prior: Prior, K_KP: Float[Tensor, "K P"], lam: float, tell: Tell
 
 def mean_energy(L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"]) -> float:
     """The mean of k^T C^-1 k over the columns of K."""
-    return float(Whitened(L_KK=L_KK).into(K_KP.T).square().sum(1).mean())
+    return float(_normal.whitened(Whitened(L_KK=L_KK), K_KP.T).square().sum(1).mean())
 
 
 def spread(
@@ -339,10 +355,18 @@ def within(
 
 
 def inside(
-    host: Host, documents: Sequence[str], epsilon: float, lam: float, solved: Callable[[float], Solution], spread: Spread = here
-) -> tuple[Solution, bool]:
-    """(`solved`, whether the first try was inside) with the least weight of the text, `lam` or more, that keeps the increase of the loss on
-    `documents` within `epsilon`.
+    host: Host,
+    documents: Sequence[str],
+    epsilon: float,
+    lam: float,
+    solved: Callable[[float], Solution],
+    spread: Spread = here,
+    onto: Weights | None = None,
+    further: float = 1.02,
+) -> tuple[Solution, float]:
+    """(`solved`, its weight of the text), with the least such weight, `lam` or more, that keeps the increase of the loss on `documents`
+    within `epsilon`. `onto`: the weights that what is solved for is on top of, and that have used a part of it; if they have used all,
+    next to nothing is added, and the weight is what it was. `further` as in `hosts.furthest`.
 
     A usual key takes s / (1 + lam) of its residual: s is sought, as the gate seeks its scale. Unlike that scale it takes back more from
     the facts whose keys text uses much. If no s is found the smallest that was tried comes back, and the gate has the last word.
@@ -350,18 +374,23 @@ def inside(
     rows = hosts.chunks(host, documents)
     tried = {1.0: solved(lam)}
     if len(rows) < 2:
-        return tried[1.0], True
-    before_N2 = hosts.remembered(host, ("score", *documents), lambda: scored(host, rows, None, spread))
+        return tried[1.0], lam
+    base_N2 = hosts.remembered(host, ("score", *documents), lambda: scored(host, rows, None, spread))
+    before_N2 = base_N2 if onto is None else scored(host, rows, onto, spread)
+    used = hosts.increase(base_N2, before_N2)[0]
+    left = (epsilon - used) / (1 + used)  # of the loss before
+    if onto is not None and left <= 0:
+        return solved((1 + lam) / NOTHING - 1), lam
     after_N2 = scored(host, rows, tried[1.0][1], spread)
-    if hosts.increase(before_N2, after_N2)[0] <= epsilon:
-        return tried[1.0], True
+    if hosts.increase(before_N2, after_N2)[0] <= left:
+        return tried[1.0], lam
 
     def read(s: float) -> tuple[Float[Tensor, "N 2"], bool]:
         tried[s] = solved((1 + lam) / s - 1)
         return scored(host, rows, tried[s][1], spread), True
 
-    s = hosts.furthest(read, {1.0: after_N2}, before_N2, epsilon)
-    return tried[s or min(tried)], False
+    s = hosts.furthest(read, {1.0: after_N2}, before_N2, left, further=further) or min(tried)
+    return tried[s], (1 + lam) / s - 1
 
 
 def scored(host: Host, rows: Sequence[Row], weights: Weights | None, spread: Spread) -> Float[Tensor, "N 2"]:

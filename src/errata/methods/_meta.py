@@ -35,6 +35,7 @@ from errata import hosts, text
 from errata.hosts import Host, Weights, stored_transposed
 from errata.methods import _hyper
 from errata.methods._descend import ENOUGH, PASS, Row, Through, goal_losses, kl_sum
+from errata.methods._gradients import Pairs
 from errata.methods._hyper import Net
 from errata.types import (
     Case,
@@ -59,14 +60,14 @@ HELD_BACK = (0.1, 2, 96)  # cases that validate: this share of them, at least, a
 REMEMBERED = 1 << 28  # bytes, about, of rows that are not taken again: those of a case are the same in every step
 EDITED = 6  # modules, if none are named: what a subject means is found in the lower blocks, what to say of it in the upper ones
 BLOCK = 32  # cases whose rows are taken together
-BEHIND = 0.85  # of the steps, the last ones, may begin behind earlier rounds, where a method has several
+SCALES = (1.0, 0.7, 0.5)  # of what a network makes of held-back cases: it is judged by the best of them, for the gate scales too
 ABOVE_ZERO = "lam share lr rate clip least chunk every patience asked batch_size rank rounds caution".split()
+SPECIAL = 8  # tokens that a tokenizer puts around a text, at most
 SINGLE = 2  # held-back cases that validate by themselves, where few are edited together
 
 Pull = Callable[[Float[Tensor, "K V"]], None]  # dL/dS -> adds what follows to the gradients of the network's parameters
 Merge = Callable[[Net, str, Float[Tensor, "N K"], Float[Tensor, "N V"]], tuple[Float[Tensor, "K V"], Pull]]
 Shifts = dict[str, Float[Tensor, "K V"]]
-Pairs = dict[str, tuple[Float[Tensor, "N K"], Float[Tensor, "N V"]]]  # (k, g) of each module
 Earlier = Callable[[Net, tuple[Example, ...], Pairs, int], tuple[Shifts, Pairs]]  # (what so many rounds come to, the rows behind them)
 
 
@@ -445,8 +446,8 @@ class Merging:
     """How the network of `_hyper.py` is learnt: `rows` says how rows are taken, `moved` what their outputs should differ by, `merge` how
     they come to S. `share` is the first length of the differences, as a share of the module's outputs.
 
-    A method that edits in several `rounds` says with `earlier` what some of them come to. All steps but the first ones then begin behind
-    any number of them but the last, as they are, and teaches the round that follows; what is judged is a round in the middle."""
+    A method that edits in several `rounds` says with `earlier` what some of them come to. A step then begins behind any number of them but
+    the last, as they are, and teaches the round that follows; what is judged is a round in the middle."""
 
     def __init__(
         self,
@@ -487,9 +488,7 @@ class Merging:
         rows, net = self._rows(cases), point.net
         for module, (keys_NK, g_NV) in rows.items():
             net = _hyper.watched(net, module, keys_NK, g_NV)
-        later = self.rounds > 1 and point.step >= (1 - BEHIND) * self.s.steps
-        behind = rng.randrange(self.rounds) if later else 0
-        before, rows = self._behind(net, cases, rows, behind)
+        before, rows = self._behind(net, cases, rows, rng.randrange(self.rounds) if self.rounds > 1 else 0)
         leaves = {name: t.detach().clone().requires_grad_() for name, t in net.parameters.items()}
         learning = replace(net, parameters=leaves)
         merged = {module: self.merge(learning, module, *both) for module, both in rows.items()}
@@ -500,15 +499,18 @@ class Merging:
         return Graded(grads=gradients_of(leaves), net=net, carried={})
 
     def judged(self, net: Net) -> float:
-        """On all of them edited at once, and on a few."""
+        """On all of them edited at once, and on a few; each with as much of the change on as is best."""
         losses, held_back = [], self.remembered.sound(self.school.held_back)
         for cases in (held_back, held_back[: max(1, len(held_back) // 8)]):
             before, rows = self._behind(net, cases, self._rows(cases), self.rounds // 2)
             merged = {module: self.merge(net, module, *both)[0] for module, both in rows.items()}
-            merged |= {module: S + merged[module] for module, S in before.items()}
             asked = self.school.asked(cases, random.Random(f"{self.school.seed}/validation"))
-            losses.append(sum(measured(self.host, asked, merged, self.s, learn=False, spread=self.school.spread)[0]))
+            losses.append(min(self._loss(asked, before, merged, scale) for scale in SCALES))
         return sum(losses) / len(losses)
+
+    def _loss(self, asked: Asked, before: Shifts, merged: Shifts, scale: float) -> float:
+        shifts = {module: scale * (S_KV + before[module] if before else S_KV) for module, S_KV in merged.items()}
+        return sum(measured(self.host, asked, shifts, self.s, learn=False, spread=self.school.spread)[0])
 
     def _behind(self, net: Net, cases: Sequence[Case], rows: Pairs, rounds: int) -> tuple[Shifts, Pairs]:
         if not rounds or self.earlier is None:
@@ -574,6 +576,8 @@ def modules_of(host: Host, given: str) -> list[str]:
 def fits(host: Host, prompt: str, e: Example) -> bool:
     """Whether both answers fit the context behind the prompt."""
     answers = max(len(a.encode()) for a in (e.target, e.contrast or ""))  # in bytes: no fewer than tokens
+    if len(prompt.encode()) + answers + SPECIAL <= host.context:
+        return True
     return len(hosts.tokens(host, prompt)) + answers <= host.context
 
 

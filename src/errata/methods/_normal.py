@@ -5,11 +5,13 @@
                             2023 (MEMIT), arXiv 2210.07229, equation 14; P = I on the span of U, infinite off it: Fang et al. 2024
                             (AlphaEdit), arXiv 2410.02355, where (P K K^T + lam I) X = P K R^T is this in the basis U
 
-Each prior is lam I in coordinates x = T k of its own: T = I, L^-1 (with C = L L^T, factored once) and U^T; S = T^T S'. So there is one
-problem to solve, in one of two forms, the smaller of which is taken:
+Each prior has coordinates x = T k of its own: T = U^T on the span of U, else x = k; and S = T^T S'. So there is one problem to solve, with
+P = C or I, in one of two forms, the smaller of which is taken:
 
-    primal   S' = (H + lam I)^-1 B                      as large as the coordinates are wide
-    dual     S' = X^T (X X^T + lam I)^-1 D              as large as there are rows          (the push-through identity)
+    primal   S' = (H + lam P)^-1 B                      as large as the coordinates are wide
+    dual     S' = P^-1 X^T (X P^-1 X^T + lam I)^-1 D    as large as there are rows          (the push-through identity)
+
+Rows are whitened in the dual alone, z = L^-1 x with P = L L^T: the primal, which is for many rows, takes them as they are.
 
 Adding rows adds to the sums, taking an example back subtracts what its rows added, and the sums of two workers or teams merge by adding.
 Memory does not grow with the rows: once they are as many as the coordinates are wide they are dropped, unless they are asked to be kept.
@@ -20,6 +22,7 @@ File legend: N rows, K key (module input) width, R width of the coordinates, V v
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import final
 
 import torch
@@ -27,6 +30,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from errata.types import InvalidExample
+
+STRIP = 128  # columns of H that are summed at once
 
 # ------------------------------------------------------------------------------------------------------------------------------ priors
 
@@ -56,13 +61,16 @@ class Whitened:
     def width(self) -> int:
         return len(self.L_KK)
 
+    @cached_property
+    def P_KK(self) -> Float[Tensor, "K K"]:
+        """C. Where rows are few nobody asks for it."""
+        return _gram(self.L_KK.T)
+
     def into(self, keys_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N R"]:
-        X_RN: Tensor = torch.linalg.solve_triangular(self.L_KK, keys_NK.T, upper=False)
-        return X_RN.T
+        return keys_NK
 
     def back(self, S_RV: Float[Tensor, "R V"]) -> Float[Tensor, "K V"]:
-        S_KV: Tensor = torch.linalg.solve_triangular(self.L_KK.T, S_RV, upper=True)
-        return S_KV
+        return S_RV
 
 
 @final
@@ -84,6 +92,31 @@ class Reduced:
 
 
 Prior = Plain | Whitened | Reduced
+
+
+def whitened(prior: Prior, X_NR: Float[Tensor, "N R"]) -> Float[Tensor, "N R"]:
+    """z = L^-1 x of each row, with P = L L^T."""
+    if not isinstance(prior, Whitened):
+        return X_NR
+    Z_RN: Tensor = torch.linalg.solve_triangular(prior.L_KK, X_NR.T, upper=False)
+    return Z_RN.T
+
+
+def _coloured(prior: Prior, S_RV: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+    """The S with x S = z S_RV."""
+    if not isinstance(prior, Whitened):
+        return S_RV
+    out_RV: Tensor = torch.linalg.solve_triangular(prior.L_KK.T, S_RV, upper=True)
+    return out_RV
+
+
+def _stiffened(prior: Prior, H_RR: Float[Tensor, "R R"], lam: float) -> Float[Tensor, "R R"]:
+    """H + lam P."""
+    if isinstance(prior, Whitened):
+        return torch.add(H_RR, prior.P_KK, alpha=lam)
+    matrix_RR = H_RR.clone()
+    matrix_RR.diagonal().add_(lam)
+    return matrix_RR
 
 
 # -------------------------------------------------------------------------------------------------------------------------------- sums
@@ -130,7 +163,7 @@ def without(sums: Sums, keys_NK: Float[Tensor, "N K"], d_NV: Float[Tensor, "N V"
     assert len(keys_NK) <= sums.n, "no more rows can go than there are"
     H_RR, B_RV = _fold(sums)
     X_NR = sums.prior.into(keys_NK.double())
-    left = (H_RR - X_NR.T @ X_NR, B_RV - X_NR.T @ d_NV.double())
+    left = (H_RR - _gram(X_NR), B_RV - X_NR.T @ d_NV.double())
     return replace(sums, n=sums.n - len(X_NR), keep=False, rows=None, folded=left)
 
 
@@ -144,7 +177,18 @@ def _fold(sums: Sums) -> tuple[Float[Tensor, "R R"], Float[Tensor, "R V"]]:
         return sums.folded
     assert sums.rows is not None, "sums have their rows or what these come to"
     X_NR, D_NV = sums.rows
-    return X_NR.T @ X_NR, X_NR.T @ D_NV
+    return _gram(X_NR), X_NR.T @ D_NV
+
+
+def _gram(X_NR: Float[Tensor, "N R"]) -> Float[Tensor, "R R"]:
+    """X^T X. A strip at a time from the diagonal on, the rest is its mirror: little more than half of the work."""
+    X_RN = X_NR.T.contiguous()
+    H_RR = X_NR.new_empty(len(X_RN), len(X_RN))
+    for start in range(0, len(X_RN), STRIP):
+        end = start + STRIP
+        H_RR[start:, start:end] = X_RN[start:] @ X_RN[start:end].T
+        H_RR[start:end, end:] = H_RR[end:, start:end].T
+    return H_RR
 
 
 def _alike(a: Prior, b: Prior) -> bool:
@@ -163,11 +207,12 @@ def _alike(a: Prior, b: Prior) -> bool:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Solved:
-    """The smaller matrix with lam on its diagonal, its lower factor, and the solution: S' or, in the dual, what X^T makes S' of."""
+    """The smaller matrix, its lower factor, and the solution: S' or, in the dual, where `white` are the whitened rows Z, what Z^T makes it
+    of."""
 
     sums: Sums
     lam: float
-    dual: bool
+    white: Float[Tensor, "N R"] | None
     matrix_MM: Float[Tensor, "M M"]
     L_MM: Float[Tensor, "M M"]
     y_MV: Float[Tensor, "M V"]
@@ -175,9 +220,8 @@ class Solved:
     @property
     def shift(self) -> Float[Tensor, "K V"]:
         """S, by which x S changes what a row x gives."""
-        X_NR, _ = self.sums.rows or (None, None)
-        S_RV = X_NR.T @ self.y_MV if self.dual and X_NR is not None else self.y_MV
-        return self.sums.prior.back(S_RV)
+        prior = self.sums.prior
+        return prior.back(self.y_MV if self.white is None else _coloured(prior, self.white.T @ self.y_MV))
 
 
 def solve(sums: Sums, lam: float, factor: torch.dtype = torch.float64) -> Solved:
@@ -186,14 +230,15 @@ def solve(sums: Sums, lam: float, factor: torch.dtype = torch.float64) -> Solved
     `factor` is the precision of the factor alone; in float32 it serves up to a condition number of about 1e6.
     Raises InvalidExample where there is no such solution, for a row follows from the others.
     """
-    dual = sums.rows is not None and (sums.n <= sums.prior.width or not lam)
-    if dual and sums.rows is not None:
+    white = None
+    if sums.rows is not None and (sums.n <= sums.prior.width or not lam):
         X_NR, rhs = sums.rows
-        matrix = X_NR @ X_NR.T
+        white = whitened(sums.prior, X_NR)
+        matrix = white @ white.T
+        matrix.diagonal().add_(lam)
     else:
-        matrix, rhs = _fold(sums)
-        matrix = matrix.clone()  # lam is not for ever
-    matrix.diagonal().add_(lam)
+        H_RR, rhs = _fold(sums)
+        matrix = _stiffened(sums.prior, H_RR, lam)
     L_MM, wrong = torch.linalg.cholesky_ex(matrix.to(factor))
     pivots_M = L_MM.diagonal()
     if int(wrong) or (not lam and float(pivots_M.min()) < 1e-6 * float(pivots_M.max())):
@@ -201,7 +246,7 @@ def solve(sums: Sums, lam: float, factor: torch.dtype = torch.float64) -> Solved
             f"Of the keys of {sums.n} examples one follows from the others, so no change gives each its own value. "
             f"Leave one of them out, or give the method some slack."
         )
-    bare = Solved(sums=sums, lam=lam, dual=dual, matrix_MM=matrix, L_MM=L_MM, y_MV=rhs)
+    bare = Solved(sums=sums, lam=lam, white=white, matrix_MM=matrix, L_MM=L_MM, y_MV=rhs)
     return replace(bare, y_MV=_refined(bare, rhs))
 
 
@@ -218,12 +263,9 @@ def _by_factor(solved: Solved, rhs_MV: Float[Tensor, "M V"]) -> Float[Tensor, "M
 def gains(solved: Solved) -> Float[Tensor, "N K"]:
     """(N, K) the rows g with S = sum_i g_i d_i^T, whatever the differences are: for rows that are still there."""
     assert solved.sums.rows is not None, "the gains of rows need the rows"
-    X_NR, _ = solved.sums.rows
-    if solved.dual:
-        Y_NR = _refined(solved, X_NR)
-    else:
-        Y_NR = _refined(solved, X_NR.T).T
-    return solved.sums.prior.back(Y_NR.T).T.contiguous()
+    prior, (X_NR, _) = solved.sums.prior, solved.sums.rows
+    Y_RN = _refined(solved, X_NR.T) if solved.white is None else _coloured(prior, _refined(solved, solved.white).T)
+    return prior.back(Y_RN).T.contiguous()
 
 
 def backward(
@@ -235,19 +277,20 @@ def backward(
     -lam <K A, y>: nothing is lost to a difference of large terms divided by lam. `keys_NK` are the rows whose dL/dD is asked, for all that
     were dropped, some at a time; without them it is those that were kept.
     """
-    G_RV = solved.sums.prior.into(grad_KV.double().T).T
-    if solved.dual and solved.sums.rows is not None:
+    prior = solved.sums.prior
+    G_RV = prior.into(grad_KV.double().T).T
+    if solved.white is not None:
         assert keys_NK is None, "rows that are still there need no keys"
-        X_NR, _ = solved.sums.rows
-        grad_NV = _refined(solved, X_NR @ G_RV)
+        grad_NV = _refined(solved, solved.white @ whitened(prior, G_RV.T).T)
         return grad_NV, -solved.lam * (grad_NV * solved.y_MV).sum()
     A_RV = _refined(solved, G_RV)
     if keys_NK is not None:
-        X_NR = solved.sums.prior.into(keys_NK.double())
+        X_NR = prior.into(keys_NK.double())
     else:
         assert solved.sums.rows is not None, "dL/dD of rows that were dropped needs their keys"
         X_NR, _ = solved.sums.rows
-    return X_NR @ A_RV, -solved.lam * (A_RV * solved.y_MV).sum()
+    stiff_RV = prior.P_KK @ solved.y_MV if isinstance(prior, Whitened) else solved.y_MV
+    return X_NR @ A_RV, -solved.lam * (A_RV * stiff_RV).sum()
 
 
 def condition(solved: Solved) -> float:

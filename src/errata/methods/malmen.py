@@ -7,21 +7,24 @@ k_i are a module's inputs at chosen tokens of the example, g_i the gradients of 
 network (`_hyper.py`) makes of them. It learns from training cases (`_meta.py`), and what it needs there of the model is dL/dS alone: from
 that the solve is gone through backwards, with the factor that it has already (`_normal.backward`).
 
+Of each text a module has rows at the `per_text` tokens alone where its gradient is longest: below where a subject is named, above where
+the answer begins. All others say little of what to change, and cost as much.
+
 In each of `rounds` the rows are taken on what the rounds before have come to, so that what is still missing is asked for again, and only
-that; lam is `caution` times what was learnt, so that no round but the last goes far. All of the training but its first steps begins
-behind such rounds, and teaches the next. With one round the rows of an example depend on no other example: whoever keeps them, or their
+that; lam is `caution` times what was learnt, or more, so that a round uses no more than its share of the budget. Training begins behind
+such rounds as well, and teaches the next. With one round the rows of an example depend on no other example: whoever keeps them, or their
 sums, adds one with a pass and a solve, and takes one back as if it had never been there (`rows`, `solve`).
 
 Unlike malmen@1df295d, unless `faithful`, which stands for all of these at once:
   - P is C = E[k k^T] over text, and lam counts usual keys as in `memit` (there: P = I and lam begins at 1, whatever the keys; the keys of a
     small model then have leverage .9 and more, the solve interpolates, and the shift grows to eight times the weight)
-  - there are several rounds (there: one), at all tokens (there: the answer's), in modules from below to above (there: the last blocks)
+  - there are several rounds (there: one), at any tokens (there: the answer's), in modules from below to above (there: the last blocks)
   - each example adds rows for up to `restated` other ways to ask for its fact (`_restated.py`): phrasings of the text that holds still,
     found once while preparing
   - the gradients are sums over tokens (there: means over the tokens of a batch of examples, so that a smaller batch says more)
-  - the rank is 256 and Adam's rates are 3e-4 and, for eta and lam, 3e-2 (there: 1,920 and 1e-5); for the rest see `_hyper.py`, `_meta.py`
-`held` documents raise lam until the budget is kept, as in `memit`, and the round in which they do is the last; with 0 the gate alone keeps
-it.
+  - the rank is 256 and Adam's rates are 3e-5 and, for eta and lam, 1e-2 (there: 1,920 and 1e-5); for the rest see `_hyper.py`, `_meta.py`
+`held` documents raise lam until the budget is kept, as in `memit`; in all rounds but the last half of them do, roughly. With 0 the gate
+alone keeps it.
 
 File legend: N rows, K key width, V value width.
 """
@@ -31,7 +34,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 from typing import final
 
 import torch
@@ -41,8 +43,9 @@ from torch import Tensor
 from errata import text
 from errata.hosts import Host, Weights
 from errata.methods import _gradients, _hyper, _kept, _keys, _meta, _normal
+from errata.methods._gradients import Pairs
 from errata.methods._hyper import Net
-from errata.methods._meta import Lesson, Merge, Merging, Pairs, Pull, Shifts
+from errata.methods._meta import Lesson, Merge, Merging, Pull, Shifts
 from errata.methods._normal import Prior
 from errata.methods._restated import restated, spoken_of
 from errata.methods._values import quiet
@@ -50,6 +53,7 @@ from errata.types import Case, Example, InvalidExample, Method, Op, Patch, Progr
 
 FAITHFUL = {
     "tokens": "answer",
+    "per_text": 0,
     "prior": "I",
     "rounds": 1,
     "lam": 1.0,
@@ -60,8 +64,10 @@ FAITHFUL = {
     "near_weight": 1.0,
     "hold_weight": 0.0,
 }
-FIXED = ("tokens", "prior", "restated", "ridge", "faithful")  # what an edit must share with its preparation
+FIXED = ("tokens", "per_text", "prior", "restated", "ridge", "faithful")  # what an edit must share with its preparation
+TAUGHT = 4  # rounds that a training knows, at most: those behind them find the same in smaller
 KIND = 6  # examples of one kind of prompt that other phrasings are sought for
+HASTY, LEAST = 2, 32  # a round in the middle looks at one of so many of the documents that hold still, but at so many at least
 SLOT = "\0"  # what a phrasing speaks of
 
 
@@ -69,16 +75,18 @@ SLOT = "\0"  # what a phrasing speaks of
 @dataclass(frozen=True, kw_only=True)
 class Malmen(Method):
     """modules: comma-separated beginnings of module names; empty: the last projections of up to six MLPs, evenly from the first block to
-    the last. tokens: whose rows are taken, "all" or those that say the "answer". prior: P, "C", "I" or "U" (`_keys.prior`). rounds,
-    caution, restated: see above. held, ridge, per_key: as in `memit`. chunk: rows that go through the network at once; it changes
-    nothing else. rank: of the network's blocks. lam: first value of each module's. share: first length of the differences, as a
-    share of the module's outputs. The rest: `_meta.Settings`."""
+    the last. tokens: whose rows are taken, "all" or those that say the "answer"; per_text: so many of them in each text and module, those
+    with the longest gradients, 0 for all. prior: P, "C", "I" or "U" (`_keys.prior`). rounds, caution, restated: see above. held, ridge,
+    per_key: as in `memit`. chunk: rows that go through the network at once; it changes nothing else. rank: of the network's blocks.
+    lam: first value of each module's. share: first length of the differences, as a share of the module's outputs. The rest:
+    `_meta.Settings`."""
 
     modules: str = ""
     tokens: str = "all"
+    per_text: int = 2
     prior: str = "C"
     restated: int = 1
-    rounds: int = 4
+    rounds: int = 8
     caution: float = 12.0
     held: int = 500
     ridge: float = 1e-3
@@ -88,17 +96,17 @@ class Malmen(Method):
     lam: float = 0.1
     share: float = 0.15
     steps: int = 240
-    lr: float = 3e-4
-    rate: float = 3e-2
-    least: int = 8
+    lr: float = 3e-5
+    rate: float = 1e-2
+    least: int = 16
     most: int = 128
     asked: int = 2
     near: int = 64
     near_weight: float = 1.0
     hold: int = 32
-    hold_weight: float = 60.0
+    hold_weight: float = 200.0
     every: int = 20
-    patience: int = 6
+    patience: int = 8
     clip: float = 1.0
     batch_size: int = 64
     faithful: bool = False
@@ -113,31 +121,34 @@ class Malmen(Method):
             object.__setattr__(self, name, value)
 
     def prepare(self, host: Host, train_cases: Iterable[Case], run: Run) -> State:
-        """The network, C of each module, and the phrasings. Raises InvalidExample, UnknownName."""
+        """The network, the prior of each module, and the phrasings. Raises InvalidExample, UnknownName."""
         cases, begun = tuple(train_cases), run.state if run.state is not None and run.state.config.get("unfinished") else None
         modules = _meta.modules_of(host, self.modules)
         texts = run.hold or text.sampled(host, seed=run.seed)
         if begun is None:
             C, _ = _keys.covariances(host, texts, modules, self.per_key)
+            found = {m: self._prior(C_KK.to(host.device, torch.float64)) for m, C_KK in C.items()}
+            tensors, units = _keys.kept({m: own for m, (own, _) in found.items()}), {m: unit for m, (_, unit) in found.items()}
             ways = phrasings(host, [c.example for c in cases], texts, self.restated, run.seed)
         else:
-            C, ways = {m: begun.tensors[m] for m in modules if m in begun.tensors}, begun.config["ways"]
-        if missing := sorted(set(modules) - C.keys()):
-            raise InvalidExample(f"The preparation that was begun knows nothing of {missing[0]}. Give the same settings, or begin afresh.")
+            tensors, units, ways = dict(begun.tensors), begun.config["units"], begun.config["ways"]
+        priors = self._priors(host, modules, tensors, units)  # as an edit will find them
         take = partial(self._rows, host, modules=modules, ways=ways, progress=run.progress, spread=run.spread)
-        priors = {m: self._prior(C_KK.to(host.device, torch.float64)) for m, C_KK in C.items()}
         learning = partial(
             Merging,
             rows=take,
             moved=self._differences,
             merge=self._merge(priors),
-            rounds=self.rounds,
+            rounds=min(self.rounds, TAUGHT),
             earlier=partial(self._earlier, host, take, priors),
             rank=self.rank,
             lam=self.lam,
             share=self.share,
         )
-        lesson = Lesson(name="malmen", modules=modules, learning=learning, config=self.config | {"ways": ways}, tensors=C)
+        tensors = {m: tensors[m] for m in modules if m in tensors}
+        lesson = Lesson(
+            name="malmen", modules=modules, learning=learning, config=self.config | {"ways": ways, "units": units}, tensors=tensors
+        )
         return _meta.learnt(host, lesson, cases, run, _meta.settings_of(self.config))
 
     def rows(self, host: Host, examples: tuple[Example, ...], run: Run) -> tuple[Rows, ...]:
@@ -151,7 +162,9 @@ class Malmen(Method):
         state, priors, units, read = self._known(host, run)
         sums = _kept.of_rows(host, parts, priors, read)
         examples = tuple(r.example for r in rows)
-        (ops, _), _ = self._solved(host, quiet(host, examples, run, self.held), units, sums, run, 1.0)
+        still = quiet(host, examples, run, self.held)
+        solved = partial(_keys.of_sums, host, sums, units, tell=run.tell)
+        ops = _keys.within(host, still, run.budget.epsilon, 1.0, solved, run.spread)
         return self._patch(host, examples, state, ops)
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
@@ -165,44 +178,28 @@ class Malmen(Method):
         own = run if self.rounds == 1 else replace(run, sums=None, keep=forget)
         sums = _kept.of_examples(host, "malmen", about, examples, summing, own)
         still = quiet(host, examples, run, self.held)
-        caution = self.caution if self.rounds > 1 else 1.0
-        (ops, weights), free = self._solved(host, still, units, sums, run, caution)
-        for left in reversed(range(self.rounds - 1)):
-            if not free:  # the budget is used
-                break
+        few = still[: max(LEAST, len(still) // HASTY)]
+        lam, weights = self.caution, None
+        solved = partial(_keys.of_sums, host, sums, units, tell=run.tell)
+        for done in range(1, self.rounds):
+            epsilon, lam = run.budget.epsilon * done / self.rounds, max(self.caution, lam / 2)
+            (ops, weights), lam = _keys.inside(host, few, epsilon, lam, solved, run.spread, weights, further=2.0)
             changed = {op.weight.removesuffix(".weight"): _keys.dense(host, op) for op in ops}
-            onto = replace(summing, take=partial(take, weights=weights))
-            sums = _kept.of_parts(host, list(_gradients.some(examples)), onto, run)
-            (ops, weights), free = self._solved(host, still, units, sums, run, self.caution if left else 1.0, changed)
+            sums = _kept.of_parts(host, list(_gradients.some(examples)), replace(summing, take=partial(take, weights=weights)), run)
+            solved = partial(_keys.of_sums, host, sums, units, onto=changed, tell=run.tell)
+        (ops, _), _ = _keys.inside(host, still, run.budget.epsilon, 1.0, solved, run.spread, weights)
         return self._patch(host, examples, state, ops)
 
     def _known(self, host: Host, run: Run) -> tuple[State, dict[str, Prior], dict[str, float], _kept.Read]:
         """(the state, {module: its prior}, {module: its learnt weight}, what makes keys and differences of rows)."""
         state, net = _meta.known(self, "malmen", host, run.state, FIXED)
-        priors, units = dict[str, Prior](), dict[str, float]()
-        for m in state.config["modules"]:
-            priors[m], unit = self._prior(_keys.covariance_of(host, state, m))
-            units[m] = unit * _hyper.lam(net, m)
+        found = self._priors(host, state.config["modules"], state.tensors, state.config["units"])
+        priors, units = {m: own for m, (own, _) in found.items()}, {m: unit * _hyper.lam(net, m) for m, (_, unit) in found.items()}
         return state, priors, units, partial(self._read, net, list(priors))
 
     def _read(self, net: Net, modules: Sequence[str], host: Host, rows: Iterable[Rows]) -> dict[str, tuple[Tensor, Tensor]]:
         both = _meta.together(host, list(rows), modules, self._batch())
         return {m: (keys_NK, self._differences(net, m, keys_NK, g_NV)) for m, (keys_NK, g_NV) in both.items()}
-
-    def _solved(
-        self,
-        host: Host,
-        still: Sequence[str],
-        units: Mapping[str, float],
-        sums: Mapping[str, _normal.Sums],
-        run: Run,
-        caution: float,
-        onto: Mapping[str, Tensor] = MappingProxyType({}),
-    ) -> tuple[_keys.Solution, bool]:
-        """(ops and weights, whether the budget is not used up) of the sums, on top of what has changed before."""
-        return _keys.inside(
-            host, still, run.budget.epsilon, caution, lambda times: _keys.of_sums(host, sums, units, times, onto, run.tell), run.spread
-        )
 
     def _patch(self, host: Host, examples: tuple[Example, ...], state: State, ops: tuple[Op, ...]) -> Patch:
         return Patch(method="malmen", config=self.config | {"state": state.id}, parent=host.id, examples=examples, ops=ops)
@@ -242,19 +239,21 @@ class Malmen(Method):
         """Those of the example's own prompt, and behind them those of its other ways."""
         asked = [[e, *restatements(e, ways, self.restated)] for e in examples]
         flat = [e if _meta.fits(host, e.prompt, e) else own[0] for own in asked for e in own]
-        taken = _gradients.rows(host, flat, modules, self.batch_size, progress, self.tokens == "all", weights, spread)
-        found = iter(taken)
-        out = []
-        for e, own in zip(examples, asked, strict=True):
-            parts = [next(found) for _ in own]
-            keys, values = ({m: torch.cat([getattr(p, which)[m] for p in parts]) for m in modules} for which in ("keys", "values"))
-            out.append(Rows(host=host.id, example=e, keys=keys, values=values))
-        return tuple(out)
+        found = iter(_gradients.taken(host, flat, modules, self.batch_size, progress, self.tokens == "all", weights, spread, self.per_text))
+        return tuple(_gradients.joined(host, e, [next(found) for _ in own]) for e, own in zip(examples, asked, strict=True))
 
     def _prior(self, C_KK: Float[Tensor, "K K"]) -> tuple[Prior, float]:
         """(P, what lam counts in)."""
         found, unit = _keys.prior(self.prior, C_KK, self.ridge)
         return found, 1.0 if self.faithful else unit
+
+    def _priors(
+        self, host: Host, modules: Sequence[str], tensors: Mapping[str, Tensor], units: Mapping[str, float]
+    ) -> dict[str, tuple[Prior, float]]:
+        """Those that were prepared."""
+        if missing := next((m for m in modules if m not in units or (self.prior != "I" and m not in tensors)), None):
+            raise InvalidExample(f"What was prepared knows nothing of {missing}. Give the settings that it began with, or begin afresh.")
+        return {m: (_keys.of_kept(host, self.prior, m, tensors.get(m)), units[m]) for m in modules}
 
     @torch.no_grad()
     def _differences(self, net: Net, module: str, keys_NK: Float[Tensor, "N K"], g_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
