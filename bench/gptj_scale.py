@@ -6,6 +6,7 @@ Random weights (what they say does not matter for time): 28 blocks of width 4,09
     rows       keys and value gradients, forwards and back   floor: the same texts through `bench/edit_floor.py`'s lean pass
     network    the hypernetwork on all rows                  floor: its matrix products alone
     solve      the sums and their solution                   floor: one product K^T K and one Cholesky factor of it, of the same size
+               (rows are those that count: two of each text)
     model      of a step: its losses with S in the weights, forwards and back   floor: the lean pass over as many of its texts
 
 Of the step "the rest" is what no part names: the network backwards, Adam, and what it draws. Its rows take no time where they are
@@ -75,7 +76,8 @@ def main() -> None:
 
 def against_floors(args, what: str, spent: dict[str, float], state: Any, host: Host, modules: list[str], examples, asked: int = 0) -> None:
     """Each part of what was spent on the examples, beside the least that it can cost; with `asked` prompts of each, the losses too."""
-    rows = sum(len(hosts.encode(host, e.prompt, e.target)[0]) - 1 for e in examples)  # one at every token that something follows
+    texts = (len(hosts.encode(host, e.prompt, e.target)[0]) - 1 for e in examples)  # a row at every token that something follows
+    rows = sum(min(n, state.config["per_text"] or n) for n in texts)
     least = {
         "rows": lambda: floor(host, examples, modules),
         "network": lambda: products(state, host, modules, rows),
@@ -133,7 +135,7 @@ def seconds(device: str) -> float:
 def clocked(device: str) -> Iterator[dict[str, float]]:
     """Seconds spent in each part, while inside."""
     parts = [
-        ("rows", _gradients, "rows"), ("network", _hyper, "differences"), ("solve", _normal, "of"), ("solve", _normal, "merged"),
+        ("rows", _gradients, "taken"), ("network", _hyper, "differences"), ("solve", _normal, "of"), ("solve", _normal, "merged"),
         ("solve", _normal, "solve"), ("solve backwards", _normal, "backward"), ("model", _meta, "measured"), ("C", _keys, "covariances"),
     ]  # fmt: skip
     spent = {part: 0.0 for part, *_ in parts}

@@ -229,17 +229,15 @@ def test_a_case_whose_gradients_are_not_finite_is_left_out_and_named(
     tiny_llama: Host, monkeypatch: pytest.MonkeyPatch, method: Any, bad: int
 ) -> None:
     """Wherever it stands, and whoever is taken together with it: no step is lost, and the training goes on with the others."""
-    true, spoiled = _gradients.rows, CASES[bad].example
+    true, spoiled = _gradients.taken, CASES[bad].example
 
-    def rows(host: Host, examples: Any, *given: Any, **named: Any) -> Any:
-        found = list(true(host, examples, *given, **named))
-        for i, e in enumerate(examples):
-            if e == spoiled:
-                values = {m: v * math.nan for m, v in found[i].values.items()}
-                found[i] = dataclasses.replace(found[i], values=values)  # which refuses
-        return tuple(found)
+    def taken(host: Host, examples: Any, *given: Any, **named: Any) -> Any:
+        found = true(host, examples, *given, **named)
+        return [
+            {m: (k, v * math.nan) for m, (k, v) in own.items()} if e == spoiled else own for e, own in zip(examples, found, strict=True)
+        ]
 
-    monkeypatch.setattr(_gradients, "rows", rows)
+    monkeypatch.setattr(_gradients, "taken", taken)
     with pytest.warns(UserWarning, match=re.escape(f"Left out of the training: '{spoiled}'")) as told:
         state = method.prepare(tiny_llama, CASES, RUN)
     assert len(told) == 1 and state.config["dropped"] == 0 and state.config["step"] == 6

@@ -64,15 +64,22 @@ def _part(host: Host, summing: Summing) -> Callable[[tuple[Example, ...]], dict[
     return sums
 
 
-def _total(parts: Iterable[Mapping[str, Sums]]) -> dict[str, Sums]:
+def _total(parts: Iterable[dict[str, Sums]]) -> dict[str, Sums]:
     """What the parts come to, added in their order. Rows wait until there are as many as a sum is wide: a matrix for each part costs more
-    than what is in it."""
+    than what is in it. One module after the other, and a part's own are let go: no more is in memory than there has to be."""
     sums, waiting = dict[str, Sums](), dict[str, Sums]()
+
+    def add(to: dict[str, Sums], module: str, new: Sums) -> None:
+        to[module] = _normal.merged(to.pop(module), new) if module in to else new
+
     for part in parts:
-        waiting = _added(waiting, part)
-        ready = {m: own for m, own in waiting.items() if own.rows is None}
-        sums, waiting = _added(sums, ready), {m: own for m, own in waiting.items() if m not in ready}
-    return _added(sums, waiting)
+        for module in list(part):
+            add(waiting, module, part.pop(module))
+            if waiting[module].rows is None:
+                add(sums, module, waiting.pop(module))
+    for module, left in waiting.items():
+        add(sums, module, left)
+    return sums
 
 
 def _added(sums: Mapping[str, Sums], more: Mapping[str, Sums]) -> dict[str, Sums]:

@@ -186,9 +186,13 @@ def prior(name: str, C_KK: Float[Tensor, "K K"], ridge: float) -> tuple[Prior, f
 
 
 def kept(priors: Mapping[str, Prior]) -> dict[str, Float[Tensor, "K R"]]:
-    """Priors by name as tensors of a State, float32: the factor of C or the basis; of a plain one there is nothing to keep."""
-    found = {name: own.L_KK if isinstance(own, Whitened) else own.U_KR for name, own in priors.items() if not isinstance(own, Plain)}
-    return {name: matrix.float().cpu() for name, matrix in found.items()}
+    """Priors by name as tensors of a State, float32: the factor of C, with C above the diagonal; the basis; nothing of a plain one."""
+    out = dict[str, Tensor]()
+    for name, own in priors.items():
+        if not isinstance(own, Plain):
+            matrix = own.L_KK.tril() + own.P_KK.triu(1) if isinstance(own, Whitened) else own.U_KR
+            out[name] = matrix.float().cpu().contiguous()  # as it comes back from a file, to the last digit
+    return out
 
 
 def of_kept(host: Host, name: str, module: str, matrix_KR: Float[Tensor, "K R"] | None) -> Prior:
@@ -196,7 +200,7 @@ def of_kept(host: Host, name: str, module: str, matrix_KR: Float[Tensor, "K R"] 
     if matrix_KR is None:
         return Plain(width=_in_out(host, module)[0])
     own_KR = matrix_KR.to(host.device, torch.float64)
-    return Reduced(U_KR=own_KR) if name == "U" else Whitened(L_KK=own_KR)
+    return Reduced(U_KR=own_KR) if name == "U" else Whitened(L_KK=own_KR.tril(), upper_KK=own_KR)
 
 
 @torch.no_grad()

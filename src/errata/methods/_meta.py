@@ -340,7 +340,8 @@ class School:
             found = self.learning.graded(point, chosen, rng)
         except InvalidPatch:
             return dropped
-        norm = torch.stack([g.square().sum() for g in found.grads.values()]).sum().sqrt()
+        # sorted, for from a file they come in any order, and the last digits of a sum depend on it
+        norm = torch.stack([g.square().sum() for _, g in sorted(found.grads.items())]).sum().sqrt()
         if not norm.isfinite():
             return dropped
         scale = min(1.0, s.clip / (float(norm) + 1e-12))

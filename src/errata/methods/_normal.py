@@ -53,9 +53,10 @@ class Plain:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Whitened:
-    """lam C, by the lower factor of C: what text uses much is stiff."""
+    """lam C, by the lower factor of C: what text uses much is stiff. `upper_KK`: C above its diagonal, where that is at hand."""
 
     L_KK: Float[Tensor, "K K"]
+    upper_KK: Float[Tensor, "K K"] | None = None
 
     @property
     def width(self) -> int:
@@ -64,7 +65,10 @@ class Whitened:
     @cached_property
     def P_KK(self) -> Float[Tensor, "K K"]:
         """C. Where rows are few nobody asks for it."""
-        return _gram(self.L_KK.T)
+        if self.upper_KK is None:
+            return _gram(self.L_KK.T)
+        upper_KK = self.upper_KK.triu(1)
+        return (upper_KK + upper_KK.T).diagonal_scatter(self.L_KK.square().sum(1))
 
     def into(self, keys_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N R"]:
         return keys_NK
