@@ -315,6 +315,8 @@ def test_too_few_cases_and_settings_that_cannot_be(tiny_llama: Host) -> None:
         for wrong in ({"lr": 0.0}, {"least": 0}, {"least": 9}, {"chunk": 0}, {"tokens": "some"}):
             with pytest.raises(InvalidExample, match="malmen|mend"):
                 make(**wrong)
+    with pytest.raises(InvalidExample, match="per_text"):
+        malmen(per_text=-1)
     with pytest.raises(UnknownName, match="Did you mean"):
         malmen(modules="model.layer.1").prepare(tiny_llama, CASES, RUN)
 

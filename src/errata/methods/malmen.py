@@ -116,6 +116,8 @@ class Malmen(Method):
             raise InvalidExample(
                 f'malmen has the priors "C", "I" and "U" and the tokens "answer" and "all", got {self.prior!r}, {self.tokens!r}.'
             )
+        if self.per_text < 0:
+            raise InvalidExample(f"malmen takes so many rows of a text as per_text says, all with 0, got {self.per_text}.")
         _meta.check("malmen", self.config)
         for name, value in FAITHFUL.items() if self.faithful else ():
             object.__setattr__(self, name, value)
