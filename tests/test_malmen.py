@@ -273,6 +273,9 @@ def test_a_state_keeps_its_priors(tiny_gpt2: Host, kind: str) -> None:
         if kind == "C":
             torch.testing.assert_close(own.L_KK @ own.L_KK.T, fresh.P_KK, rtol=1e-5, atol=1e-6 * float(fresh.P_KK.diagonal().mean()))
             torch.testing.assert_close(own.P_KK, fresh.P_KK, rtol=1e-5, atol=1e-6 * float(fresh.P_KK.diagonal().mean()))
+    older = {name: value for name, value in state.config.items() if name != "units"}  # one that an earlier version began
+    with pytest.raises(InvalidExample, match="begin afresh"):
+        method.prepare(tiny_gpt2, CASES, dataclasses.replace(RUN, state=dataclasses.replace(state, config=older | {"unfinished": True})))
     short = dataclasses.replace(state, config={**state.config, "units": {}})
     with pytest.raises(InvalidExample, match="knows nothing of"):
         method.edit(tiny_gpt2, EXAMPLES, dataclasses.replace(RUN, state=short))

@@ -146,7 +146,7 @@ def _summed_loss(examples: Sequence[Example], own: Sequence[list[Row]]) -> Calla
 
 
 def at(host: Host, batch: Batch, module: str, everywhere: bool) -> Bool[Tensor, "N T"]:
-    """Where the rows of a module are taken: see `rows`."""
+    """Where the rows of a module are taken, before `per_text` chooses among them: see `taken`."""
     real_NT = hosts.places(host, batch, module)
     if hosts.reads(host, module):
         first_T = torch.arange(real_NT.shape[1], device=real_NT.device) == 0
@@ -164,7 +164,7 @@ def captured(
     weights: Weights | None = None,
     per_text: int = 0,
 ) -> dict[str, tuple[Float[Tensor, "Q K"], Float[Tensor, "Q V"]]]:
-    """{module: (k, v)} where rows are taken, see `rows`, text after text. `loss` is a function of log p of each text's scored tokens."""
+    """{module: (k, v)} where rows are taken, see `taken`, text after text. `loss` is a function of log p of each text's scored tokens."""
     outputs: dict[str, Tensor] = {}
 
     def turned(module: str, y_NTV: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class Malmen(Method):
             tensors, units = _keys.kept({m: own for m, (own, _) in found.items()}), {m: unit for m, (_, unit) in found.items()}
             ways = phrasings(host, [c.example for c in cases], texts, self.restated, run.seed)
         else:
-            tensors, units, ways = dict(begun.tensors), begun.config["units"], begun.config["ways"]
+            tensors, units, ways = dict(begun.tensors), begun.config.get("units", {}), begun.config.get("ways", {})
         priors = self._priors(host, modules, tensors, units)  # as an edit will find them
         take = partial(self._rows, host, modules=modules, ways=ways, progress=run.progress, spread=run.spread)
         learning = partial(
