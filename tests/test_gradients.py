@@ -228,3 +228,16 @@ def test_statistics_of_text_do_not_depend_on_how_it_is_cut_into_passes(tiny_llam
         torch.testing.assert_close(a.squares_W, b.squares_W, rtol=1e-4, atol=1e-6)
     few = _gradients.of_text(tiny_llama, TEXT, [module], 30)[module][0].n
     assert 29 <= few + 1 and few < rows
+
+
+def test_the_second_moments_of_text_are_those_of_the_gradients_at_all_its_tokens(tiny_llama: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    (module,) = tiny_llama.module_names((tiny_llama.layout.mlp_out,), [1])
+    wanted, count = torch.zeros(1), 0
+    for row in hosts.chunks(tiny_llama, TEXT):
+        (v,) = (v for _, v in _gradients.captured(tiny_llama, hosts.pad(tiny_llama, [row]), [module], lambda p: -p.sum(), True).values())
+        wanted, count = wanted + v.double().T @ v.double(), count + len(v)
+    for size in (1, 512):
+        monkeypatch.setattr(_gradients, "PASS", size)
+        torch.testing.assert_close(
+            _gradients.second_moments(tiny_llama, TEXT, [module], 10_000)[module], wanted / count, rtol=1e-4, atol=1e-9
+        )

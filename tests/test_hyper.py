@@ -107,6 +107,21 @@ def test_faithful_differences_are_the_published_ones() -> None:
     torch.testing.assert_close(_hyper.differences(net, "a", keys, g), wanted, rtol=1e-3, atol=1e-5)
 
 
+def test_with_a_metric_outputs_change_least_where_text_feels_it() -> None:
+    root = randn(V, 3 * V, seed=5) * torch.tensor([[10.0], [1.0], [1.0], [0.1]])
+    G, (keys, g) = root @ root.T, rows(9)
+    T = _hyper.metric(G)
+    torch.testing.assert_close(T @ T @ (G / (G.trace() / V) + torch.eye(V)), torch.eye(V), rtol=1e-4, atol=1e-4)
+    bare = dataclasses.replace(_hyper.fresh(WIDTHS, rank=5, lam=0.1, seed=0), metrics={"a": T})
+    net, plain = (
+        _hyper.watched(bare, "a", *rows(40)),
+        _hyper.watched(dataclasses.replace(bare, metrics={}), "a", rows(40)[0], rows(40)[1] @ T),
+    )
+    torch.testing.assert_close(_hyper.differences(net, "a", keys, g), _hyper.differences(plain, "a", keys, g @ T) @ T)
+    kept = _hyper.of_tensors(_hyper.tensors(net), {"a": (K, V)}, False, torch.device("cpu"))
+    assert torch.equal(_hyper.differences(kept, "a", keys, g), _hyper.differences(net, "a", keys, g))
+
+
 def test_calibration_is_of_the_length_alone() -> None:
     net, both = seen(), rows(9)
     longer = _hyper.differences(_hyper.calibrated(net, "a", 3.0), "a", *both)

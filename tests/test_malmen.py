@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from errata import apply, hosts
 from errata.hosts import Host
-from errata.methods import _gradients, _hyper, _keys, _meta
+from errata.methods import _gradients, _hyper, _keys, _meta, _normal
 from errata.methods import malmen as room
+from errata.methods._descend import kl_sum
+from errata.methods._normal import Whitened
 from errata.methods._restated import Spoken
 from errata.methods.malmen import Malmen
 from errata.types import AddLowRank, Budget, Example, InvalidExample, InvalidPatch, Rows, Run, State, Summed, WrongBase
@@ -118,7 +121,7 @@ def test_held_text_raises_lam_until_the_budget_is_kept(tiny_llama: Host) -> None
 def test_a_further_round_asks_for_what_is_still_missing(host: Host) -> None:
     """Written out: the rows on the edited weights, solved and added to what was there."""
     run = prepared(host)
-    one, two = (malmen(rounds=n, caution=1.0).edit(host, EXAMPLES, run) for n in (1, 2))
+    one, two = (malmen(rounds=n, caution=1.0, spared=0).edit(host, EXAMPLES, run) for n in (1, 2))
     first = {op.weight: apply.change(host, op) for op in one.ops}
     with apply.applied(host, one):
         again = malmen(rounds=1).edit(host, EXAMPLES, run)
@@ -142,7 +145,7 @@ def test_each_round_may_use_its_share_of_the_budget(tiny_llama: Host, monkeypatc
     monkeypatch.setattr(room, "LEAST", 2)
     hold = (*RUN.hold, *(f"The mill number {i} stands by the old river." for i in range(12)))
     run = dataclasses.replace(prepared(tiny_llama), budget=Budget(epsilon=1e-5), hold=hold)
-    malmen(rounds=3, held=12).edit(tiny_llama, EXAMPLES, run)
+    malmen(rounds=3, held=12, spared=0).edit(tiny_llama, EXAMPLES, run)
     still, epsilons, begun, used, first = zip(*seen, strict=True)
     assert still == (6, 6, 12) and epsilons == pytest.approx((1e-5 / 3, 2e-5 / 3, 1e-5)) and first == (True, False, False)
     assert begun == pytest.approx((12.0, 30.0, 1.0)) and used == pytest.approx(begun)
@@ -174,6 +177,95 @@ def test_what_is_on_top_of_something_leaves_the_whole_inside(host: Host) -> None
 
 
 @both_orientations
+def test_what_a_further_round_is_not_to_make_worse_is_the_gradient_of_what_text_has_lost(host: Host) -> None:
+    """KL per token from the base to the edited model, by autograd through the whole model."""
+    names = [f"{m}.weight" for m in host.projections("mlp_out")]
+    leaves = {name: hosts.weight(host.model, name).detach().clone() for name in names}
+    torch.manual_seed(0)
+    changed = {name: 0.05 * torch.randn_like(leaf) for name, leaf in leaves.items()}
+    leaves = {name: (leaf + changed[name]).requires_grad_() for name, leaf in leaves.items()}
+    rows = hosts.chunks(host, TEXT[:5])
+    batch = hosts.pad(host, rows)
+    logp, logq = (hosts.predictions(host, batch, weights).log_softmax(-1) for weights in (None, leaves))
+    lost = (logp.exp() * (logp - logq)).sum() / sum(len(ids) - given for ids, given in rows)
+    wanted = torch.autograd.grad(lost, [leaves[name] for name in names])
+    got = malmen(batch_size=2)._worse(host, TEXT[:5], {name.removesuffix(".weight"): c for name, c in changed.items()}, RUN.spread)
+    for name, grad in zip(names, wanted, strict=True):
+        torch.testing.assert_close(
+            _meta.stored(host, name.removesuffix(".weight"), got[name.removesuffix(".weight")]), grad, rtol=1e-3, atol=1e-6
+        )
+
+
+@both_orientations
+@pytest.mark.parametrize("n", [2, 60])  # fewer rows than a key is wide, and more
+def test_a_shift_under_a_constraint_is_that_of_the_quadratic_program(host: Host, n: int) -> None:
+    """Both modules together: where least squares alone would go along what is worse, it is the nearest that does not (KKT)."""
+    modules = host.projections("mlp_out")
+    generator = torch.Generator().manual_seed(1)
+    sums, worse, dense = {}, {}, {}
+    for m in modules:
+        k, v = _keys.in_out(host, m)
+        K, D, g = (torch.randn(*shape, generator=generator).double() for shape in ((n, k), (n, v), (k, v)))
+        root = torch.randn(2 * k, k, generator=generator).double()
+        C = root.T @ root / (2 * k)
+        sums[m], worse[m] = _normal.of(Whitened(L_KK=torch.linalg.cholesky(C)), K, D), g
+        dense[m] = (K.T @ K + 3.0 * C, K.T @ D)
+    free = {m: torch.linalg.solve(H, B) for m, (H, B) in dense.items()}
+    rises = sum(float((worse[m] * free[m]).sum()) for m in modules)
+    for sign in (1.0, -1.0):
+        limit = {m: sign * math.copysign(1.0, rises) * g for m, g in worse.items()}
+        ops, weights = _keys.of_sums(host, sums, dict.fromkeys(modules, 1.0), 3.0, worse=limit)
+        got = {op.weight.removesuffix(".weight"): _meta.stored(host, op.weight.removesuffix(".weight"), op.delta).double() for op in ops}
+        away = {m: torch.linalg.solve(dense[m][0], g) for m, g in limit.items()}
+        mu = abs(rises) / sum(float((limit[m] * away[m]).sum()) for m in modules) if sign > 0 else 0.0
+        for m in modules:
+            torch.testing.assert_close(got[m], free[m] - mu * away[m], rtol=1e-4, atol=1e-5)
+            change = weights[f"{m}.weight"] - hosts.weight(host.model, f"{m}.weight")
+            torch.testing.assert_close(_meta.stored(host, m, change).double(), got[m], rtol=1e-4, atol=1e-5)
+        if sign > 0:
+            assert abs(sum(float((limit[m] * got[m]).sum()) for m in modules)) < 1e-4 * abs(rises)
+
+
+def test_each_further_round_spares_other_documents_as_long_as_there_are_others(tiny_llama: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold = tuple(f"The mill number {i} stands by the old river." for i in range(40))
+    run = dataclasses.replace(RUN, hold=hold)
+
+    def held(rounds: int, n: int, **more: Any) -> tuple[list[str], list[list[str]]]:
+        return malmen(**more)._held(tiny_llama, EXAMPLES[:n], run, rounds)
+
+    still, spared = held(3, 1, held=10, spared=100)
+    assert len(still) == 10 and [len(turn) for turn in spared] == [room.EACH] * 2, "so many for each example"
+    assert len({*still, *spared[0], *spared[1]}) == 10 + 2 * room.EACH
+    still, spared = held(4, 4, held=10, spared=12)
+    assert [len(turn) for turn in spared] == [12] * 3 and not {*still} & {d for turn in spared for d in turn}
+    assert len({d for turn in spared for d in turn}) == 30, "then they come again"
+    still, spared = held(2, 4, held=100, spared=10)
+    assert len(still) == 36 and len(spared[0]) == 4, "short text is shared out"
+    assert held(1, 4, held=10, spared=12) == (still[:10], []) and held(2, 4, held=0, spared=0) == ([], [[]])
+    monkeypatch.setattr(room, "MANY", 2)
+    monkeypatch.setattr(room, "MOST", 9)
+    assert [malmen(rounds=3)._rounds(n) for n in (1, 2, 4, 100)] == [3, 3, 6, 9] and malmen(rounds=1)._rounds(100) == 1
+
+
+@both_orientations
+def test_further_rounds_spare_what_text_has_lost(host: Host) -> None:
+    """As far in the examples, text is nearer to what it was."""
+    run = prepared(host, share=0.5)
+    _, (spared, *_) = malmen(rounds=4)._held(host, EXAMPLES[:4], run, 4)
+    batch = hosts.pad(host, hosts.chunks(host, spared))
+    base_PV = hosts.predictions(host, batch)
+    answers = [hosts.encode(host, e.prompt, e.target) for e in EXAMPLES[:4]]
+    lost, said = [], []
+    for n in (0, 2000):
+        patch = malmen(rounds=4, caution=1.0, spared=n).edit(host, EXAMPLES[:4], run)
+        with torch.no_grad(), apply.applied(host, patch):
+            lost.append(float(kl_sum(base_PV, hosts.predictions(host, batch))))
+            said.append(float(hosts.score(host, answers)[:, 0].sum()))
+    start = float(hosts.score(host, answers)[:, 0].sum())
+    assert lost[1] < 0.9 * lost[0] and said[1] - start > 0.9 * (said[0] - start) > 0
+
+
+@both_orientations
 def test_training_begins_behind_the_rounds_that_an_edit_makes(host: Host) -> None:
     run = prepared(host)
     assert run.state is not None
@@ -187,7 +279,7 @@ def test_training_begins_behind_the_rounds_that_an_edit_makes(host: Host) -> Non
     with pytest.MonkeyPatch.context() as patched:  # of more rounds than two the first two
         inside = _keys.inside
         patched.setattr(_keys, "inside", lambda h, still, epsilon, lam, *rest, **more: inside(h, still, epsilon, method.caution, *rest))
-        made = malmen(rounds=2).edit(host, EXAMPLES, run)
+        made = malmen(rounds=2, spared=0).edit(host, EXAMPLES, run)
     for op in made.ops:
         wanted = _meta.stored(host, op.weight.removesuffix(".weight"), shifts[op.weight.removesuffix(".weight")]).float()
         assert float((apply.change(host, op) - wanted).norm()) < 1e-3 * float(wanted.norm())

@@ -68,6 +68,19 @@ def test_gains_times_differences_are_the_shift(kind: str, n: int) -> None:
 
 
 @priors
+@sizes
+@pytest.mark.parametrize("keep", [False, True])
+def test_another_right_side_is_answered_by_the_same_factor(kind: str, n: int, keep: bool) -> None:
+    prior, T, P = prior_of(kind)
+    keys, rhs, lam = randn(n, K), randn(K, V, seed=2), 0.3
+    X = keys @ T.T if kind == "reduced" else keys
+    matrix = X.T @ X + lam * (torch.eye(prior.width).double() if kind == "reduced" else P)
+    wanted = T.T @ torch.linalg.solve(matrix, T @ rhs) if kind == "reduced" else torch.linalg.solve(matrix, rhs)
+    solved = _normal.solve(_normal.of(prior, keys, randn(n, V, seed=1), keep=keep), lam)
+    torch.testing.assert_close(_normal.answer(solved, rhs), wanted, rtol=1e-9, atol=1e-10)
+
+
+@priors
 @pytest.mark.parametrize("n", [1, 3])
 def test_without_lam_each_row_gets_its_value_and_the_shift_is_the_smallest(kind: str, n: int) -> None:
     prior, T, P = prior_of(kind)

@@ -194,18 +194,34 @@ def _longest(where_NT: Bool[Tensor, "N T"], v_NTV: Float[Tensor, "N T V"], n: in
 
 def of_text(host: Host, texts: Sequence[str], modules: Sequence[str], tokens: int) -> dict[str, tuple["Moments", "Moments"]]:
     """{module: (of k, of v)} at every predicted token of the first `tokens` tokens of text, with L = -log p of the text."""
+    out: dict[str, tuple[Moments, Moments]] = {}
+    for parts in _of_text(host, texts, modules, tokens, everywhere=False):
+        now = {m: (moments(k), moments(v)) for m, (k, v) in parts.items()}
+        out = {m: (merged(out[m][0], k), merged(out[m][1], v)) if m in out else (k, v) for m, (k, v) in now.items()}
+    return out
+
+
+def second_moments(host: Host, texts: Sequence[str], modules: Sequence[str], tokens: int) -> dict[str, Float[Tensor, "V V"]]:
+    """{module: G = E[v v^T]} at all of the first `tokens` tokens of text, with L = -log p of the text; float64: the output factor of K-FAC,
+    with the text's own words for those that the model would draw (Martens & Grosse 2015, arXiv 1503.05671; Kunstner et al. 2019)."""
+    sums, counts = dict[str, Tensor](), dict.fromkeys(modules, 0)
+    for parts in _of_text(host, texts, modules, tokens, everywhere=True):
+        for m, (_, v_NV) in parts.items():
+            sums[m] = sums.get(m, 0) + (v_NV.T @ v_NV).double()
+            counts[m] += len(v_NV)
+    return {m: G_VV / counts[m] for m, G_VV in sums.items()}
+
+
+def _of_text(host: Host, texts: Sequence[str], modules: Sequence[str], tokens: int, everywhere: bool) -> Iterator[Pairs]:
+    """What is `captured` of the first `tokens` tokens of text, a pass at a time."""
     chunks, left = [], tokens
     for chunk in hosts.chunks(host, texts):
         chunks.append(chunk)
         left -= len(chunk[0])
         if left <= 0:
             break
-    out: dict[str, tuple[Moments, Moments]] = {}
     for group in hosts.by_length(chunks, PASS):
-        parts = captured(host, hosts.pad(host, [chunks[i] for i in group]), modules, lambda logp_N: -logp_N.sum())
-        now = {m: (moments(k), moments(v)) for m, (k, v) in parts.items()}
-        out = {m: (merged(out[m][0], k), merged(out[m][1], v)) if m in out else (k, v) for m, (k, v) in now.items()}
-    return out
+        yield captured(host, hosts.pad(host, [chunks[i] for i in group]), modules, lambda logp_N: -logp_N.sum(), everywhere)
 
 
 # --------------------------------------------------------------------------------------------------------------------------- statistics

@@ -7,6 +7,9 @@
 A ~ N(0, 1) and B = 0, so a network that has learnt nothing is the identity. Modules of one shape share A, B and b; scale, shift, the step
 eta and lam are each module's own. All of it is plain tensors by name: a State holds them as they are.
 
+A module may have a metric T = (G / mean + I)^-1/2 with G = E[g g^T] over text: g is times T, and g^ again, so that the outputs change
+least where text feels it most.      the output factor of K-FAC, Martens & Grosse 2015, arXiv 1503.05671
+
 Unlike malmen@1df295d, unless `faithful`:
   - the statistics are those of each module by itself (there: of all modules of one shape), merged exactly (there: a deviation that is 11 to
     13 % too large with four rows at a time); a single row, or one that is not finite, does no harm in either mode
@@ -20,7 +23,7 @@ File legend: N rows, K key width, V value width, S = K + V, R rank.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
@@ -38,12 +41,14 @@ EPSILON = torch.finfo(torch.float32).eps
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Net:
-    """`parameters` by name: SHAPE/A0, MODULE/scale0, MODULE/log_eta, ... `moments` of k and g by module; by shape if `faithful`."""
+    """`parameters` by name: SHAPE/A0, MODULE/scale0, MODULE/log_eta, ... `moments` of k and g by module; by shape if `faithful`.
+    `metrics`: the (V, V) T of each module, none where outputs count as they are."""
 
     parameters: Mapping[str, Tensor]
     moments: Mapping[str, tuple[Moments, Moments]]
     shapes: Mapping[str, str]  # module -> "KxV"
     faithful: bool = False
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def fresh(widths: Mapping[str, tuple[int, int]], rank: int, lam: float, seed: int, faithful: bool = False) -> Net:
@@ -87,7 +92,7 @@ def watched(net: Net, module: str, keys_NK: Float[Tensor, "N K"], g_NV: Float[Te
     if not sound_N.any():
         return net
     where = _where(net, module)
-    now = [_gradients.moments(x[sound_N]) for x in (keys_NK, g_NV)]
+    now = [_gradients.moments(x[sound_N]) for x in (keys_NK, _measured(net, module, g_NV))]
     if net.faithful:
         now = [replace(m, squares_W=m.squares_W * (m.n / max(m.n - 1, 1))) for m in now]
     if where in net.moments:
@@ -99,11 +104,24 @@ def _where(net: Net, module: str) -> str:
     return net.shapes[module] if net.faithful else module
 
 
+def metric(G_VV: Float[Tensor, "V V"]) -> Float[Tensor, "V V"]:
+    """T = (G / g + I)^-1/2, g the mean eigenvalue of G, float32; G is the second moment of a module's gradients on text."""
+    s_V, U_VV = torch.linalg.eigh(G_VV.double())
+    T_VV: Tensor = (U_VV * (s_V.clamp(min=0) / s_V.mean() + 1).rsqrt()) @ U_VV.T
+    return T_VV.float()
+
+
+def _measured(net: Net, module: str, rows_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+    """Times T."""
+    return rows_NV @ net.metrics[module].to(rows_NV) if module in net.metrics else rows_NV
+
+
 def standardised(
     net: Net, module: str, keys_NK: Float[Tensor, "N K"], g_NV: Float[Tensor, "N V"]
 ) -> tuple[Float[Tensor, "N K"], Float[Tensor, "N V"]]:
     """Both by the statistics, as precise as they are."""
     k, g = net.moments[_where(net, module)]
+    g_NV = _measured(net, module, g_NV)
     if net.faithful:
         return _published(k, keys_NK), _published(g, g_NV)
     about_zero = Moments(n=g.n, mean_W=torch.zeros_like(g.mean_W), squares_W=g.squares_W + g.n * g.mean_W.square())
@@ -139,14 +157,14 @@ def _moved(
 
 
 def differences(net: Net, module: str, keys_NK: Float[Tensor, "N K"], g_NV: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-    """(N, V) d = -eta (k . k^) g^: what the step -eta k^ g^T of MEND would change of the row's own output."""
+    """(N, V) d = -eta (k . k^) T g^: what the step -eta k^ g^T of MEND would change of the row's own output."""
     own_NK, own_NV = standardised(net, module, keys_NK, g_NV)
     pseudo_NK, pseudo_NV = _moved(net, module, own_NK, own_NV)
     if net.faithful:
         along_N1 = (keys_NK.to(pseudo_NK) * pseudo_NK).sum(1, keepdim=True)
     else:
         along_N1 = (own_NK.to(pseudo_NK) * pseudo_NK).mean(1, keepdim=True)
-    return -eta(net, module) * along_N1 * pseudo_NV
+    return -eta(net, module) * along_N1 * _measured(net, module, pseudo_NV)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ as tensors
@@ -158,7 +176,7 @@ def tensors(net: Net) -> dict[str, Tensor]:
     for where, (k, g) in net.moments.items():
         out |= {f"moments/{where}/k": torch.stack([k.mean_W, k.squares_W]).cpu(), f"moments/{where}/n": torch.tensor(k.n)}
         out[f"moments/{where}/g"] = torch.stack([g.mean_W, g.squares_W]).cpu()
-    return out
+    return out | {f"metric/{module}": T_VV.cpu() for module, T_VV in net.metrics.items()}
 
 
 def of_tensors(kept: Mapping[str, Tensor], widths: Mapping[str, tuple[int, int]], faithful: bool, device: torch.device) -> Net:
@@ -172,4 +190,5 @@ def of_tensors(kept: Mapping[str, Tensor], widths: Mapping[str, tuple[int, int]]
         k, g = Moments(n=n, mean_W=k_mean, squares_W=k_squares), Moments(n=n, mean_W=g_mean, squares_W=g_squares)
         moments[where] = (k, g)
     parameters = {name.removeprefix("net/"): kept[name].to(device) for name in names}
-    return Net(parameters=parameters, moments=moments, shapes=shapes, faithful=faithful)
+    metrics = {module: kept[name].to(device) for module in shapes if (name := f"metric/{module}") in kept}
+    return Net(parameters=parameters, moments=moments, shapes=shapes, faithful=faithful, metrics=metrics)

@@ -198,7 +198,7 @@ def kept(priors: Mapping[str, Prior]) -> dict[str, Float[Tensor, "K R"]]:
 def of_kept(host: Host, name: str, module: str, matrix_KR: Float[Tensor, "K R"] | None) -> Prior:
     """The prior of that name (`prior`) with what was kept of it."""
     if matrix_KR is None:
-        return Plain(width=_in_out(host, module)[0])
+        return Plain(width=in_out(host, module)[0])
     own_KR = matrix_KR.to(host.device, torch.float64)
     return Reduced(U_KR=own_KR) if name == "U" else Whitened(L_KK=own_KR.tril(), upper_KK=own_KR)
 
@@ -206,7 +206,7 @@ def of_kept(host: Host, name: str, module: str, matrix_KR: Float[Tensor, "K R"] 
 @torch.no_grad()
 def covariances(host: Host, texts: Sequence[str], modules: Sequence[str], per_key: int) -> tuple[dict[str, Float[Tensor, "K K"]], int]:
     """({module: (K, K) mean of k k^T over tokens, float32}, how many tokens): streamed, summed in float64."""
-    width = max(_in_out(host, module)[0] for module in modules)
+    width = max(in_out(host, module)[0] for module in modules)
     rows, tokens = [], 0
     for ids, given in hosts.chunks(host, texts):
         rows.append((ids, given))
@@ -227,7 +227,7 @@ def covariances(host: Host, texts: Sequence[str], modules: Sequence[str], per_ke
     return {module: (C_KK / counts[module]).float().cpu() for module, C_KK in sums.items()}, tokens
 
 
-def _in_out(host: Host, module: str) -> tuple[int, int]:
+def in_out(host: Host, module: str) -> tuple[int, int]:
     """(K, D) of a projection."""
     part = host.model.get_submodule(module)
     a, b = part.weight.shape
@@ -317,25 +317,35 @@ def of_sums(
     units: Mapping[str, float],
     lam: float,
     onto: Mapping[str, Tensor] = MappingProxyType({}),
+    worse: Mapping[str, Float[Tensor, "K V"]] = MappingProxyType({}),
     tell: Tell = forget,
 ) -> tuple[tuple[Op, ...], Weights]:
     """(one op for each module of `sums`, the weights with them on); each module's weight of the prior is lam of its units.
 
     An op is factors where they are smaller than their product. `onto`: what has been added to a weight before, which the op is to add too.
+    `worse`: the gradient g of what should not rise in each module's S; then sum <g, S> <= 0 is a constraint of the least squares, and where
+    it binds S = (H + lam P)^-1 (B - mu g), with the one mu for all modules that makes it an equality (Nocedal & Wright 2006, chapter 16).
     """
-    ops, weights = list[Op](), Weights()
+    factors, shifts, back = dict[str, AddLowRank](), dict[str, Tensor](), dict[str, Tensor]()
     for module, total in sums.items():
         solved = _normal.solve(total, lam * units[module])
         tell("condition", _normal.condition(solved))
+        shifts[module] = S_KV = solved.shift
+        if module in worse:
+            back[module] = _normal.answer(solved, worse[module])
+        elif module not in onto and total.rows is not None and total.n * sum(S_KV.shape) < S_KV.numel():
+            A_NK, B_VN = _normal.gains(solved), total.rows[1].T
+            factors[module] = AddLowRank(weight=f"{module}.weight", A=A_NK.float().cpu(), B=B_VN.float().cpu().contiguous())
+    rises, falls = (sum(float((worse[m] * of[m]).sum()) for m in back) for of in (shifts, back))
+    mu = max(0.0, rises / falls) if falls else 0.0
+    ops, weights = list[Op](), Weights()
+    for module, S_KV in shifts.items():
         name, base = f"{module}.weight", hosts.weight(host.model, f"{module}.weight")
-        change = solved.shift if stored_transposed(host.model.get_submodule(module)) else solved.shift.T
+        S_KV = S_KV - mu * back[module] if mu else S_KV
+        change = S_KV if stored_transposed(host.model.get_submodule(module)) else S_KV.T
         change = change + onto[module] if module in onto else change
         weights[name] = (base.float() + change.float()).to(base.dtype)
-        if module not in onto and total.rows is not None and total.n * sum(change.shape) < change.numel():
-            A_NK, B_VN = _normal.gains(solved), total.rows[1].T
-            ops.append(AddLowRank(weight=name, A=A_NK.float().cpu(), B=B_VN.float().cpu().contiguous()))
-        else:
-            ops.append(Add(weight=name, delta=change.float().cpu().contiguous()))
+        ops.append(factors[module] if module in factors else Add(weight=name, delta=change.float().cpu().contiguous()))
     return tuple(ops), weights
 
 

@@ -445,7 +445,7 @@ class Remembered:
 @final
 class Merging:
     """How the network of `_hyper.py` is learnt: `rows` says how rows are taken, `moved` what their outputs should differ by, `merge` how
-    they come to S. `share` is the first length of the differences, as a share of the module's outputs.
+    they come to S. `share` is the first length of the differences, as a share of the module's outputs, `metrics` the T of each module.
 
     A method that edits in several `rounds` says with `earlier` what some of them come to. A step then begins behind any number of them but
     the last, as they are, and teaches the round that follows; what is judged is a round in the middle."""
@@ -462,11 +462,12 @@ class Merging:
         share: float,
         rounds: int = 1,
         earlier: Earlier | None = None,
+        metrics: Mapping[str, Float[Tensor, "V V"]] = MappingProxyType({}),
     ) -> None:
         self.school, self.host, self.s, self.moved, self.merge = school, school.host, school.s, moved, merge
         self.earlier = earlier
         self.rounds = rounds if earlier else 1
-        self.rank, self.lam, self.share = rank, lam, share
+        self.rank, self.lam, self.share, self.metrics = rank, lam, share, metrics
         self.remembered = Remembered(school, rows)
         self.widths = self.remembered.widths
 
@@ -474,7 +475,8 @@ class Merging:
         """The untrained network, whose differences are `share` of the outputs at the first rows."""
         s, train = self.s, self.remembered.sound(self.school.train[: self.s.most])
         net = _hyper.fresh(self.widths, self.rank, self.lam, self.school.seed, s.faithful)
-        net = replace(net, parameters={name: t.to(self.host.device) for name, t in net.parameters.items()})
+        parameters, metrics = ({name: t.to(self.host.device) for name, t in of.items()} for of in (net.parameters, self.metrics))
+        net = replace(net, parameters=parameters, metrics=metrics)
         for module, rows in self._rows(train).items():
             net = _hyper.watched(net, module, *rows)
         usual = round(math.sqrt(s.least * s.most))

@@ -272,6 +272,17 @@ def gains(solved: Solved) -> Float[Tensor, "N K"]:
     return prior.back(Y_RN).T.contiguous()
 
 
+def answer(solved: Solved, rhs_KV: Float[Tensor, "K V"]) -> Float[Tensor, "K V"]:
+    """(K, V) (H + lam P)^-1 of another right side than B, with the factor that is there; lam over 0."""
+    prior = solved.sums.prior
+    R_RV = prior.into(rhs_KV.double().T).T
+    if solved.white is None:
+        return prior.back(_refined(solved, R_RV))
+    Y_RV = whitened(prior, R_RV.T).T
+    Y_RV = (Y_RV - solved.white.T @ _refined(solved, solved.white @ Y_RV)) / solved.lam  # Woodbury
+    return prior.back(_coloured(prior, Y_RV))
+
+
 def backward(
     solved: Solved, grad_KV: Float[Tensor, "K V"], keys_NK: Float[Tensor, "N K"] | None = None
 ) -> tuple[Float[Tensor, "N V"], Float[Tensor, ""]]:

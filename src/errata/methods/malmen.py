@@ -11,26 +11,34 @@ Of each text a module has rows at the `per_text` tokens alone where its gradient
 the answer begins. All others say little of what to change, and cost as much.
 
 In each of `rounds` the rows are taken on what the rounds before have come to, so that what is still missing is asked for again, and only
-that; lam is `caution` times what was learnt, or more, so that a round uses no more than its share of the budget. Training begins behind
-such rounds as well, and teaches the next. With one round the rows of an example depend on no other example: whoever keeps them, or their
-sums, adds one with a pass and a solve, and takes one back as if it had never been there (`rows`, `solve`).
+that; of more than `MANY` examples there are as many rounds more. lam is `caution` times what was learnt, or more, so that a round uses no
+more than its share of the budget. The first one is paid for with what text loses; no further one makes that worse, to first order. With
+the KL of `spared` documents per token, others in each round (the mean gradient of the last `TURNS`, as in SAG: Schmidt et al. 2017),
+
+    S_m = argmin  the same, for all modules together,  subject to  sum_m <dKL/dS_m, S_m> <= 0          (`_keys.of_sums`)
+
+goes along what text feels least, and takes back what was hurt. Training begins behind rounds as well, without that constraint, and teaches
+the next. With one round the rows of an example depend on no other example: whoever keeps them, or their sums, adds one with a pass and a
+solve, and takes one back as if it had never been there (`rows`, `solve`).
 
 Unlike malmen@1df295d, unless `faithful`, which stands for all of these at once:
   - P is C = E[k k^T] over text, and lam counts usual keys as in `memit` (there: P = I and lam begins at 1, whatever the keys; the keys of a
     small model then have leverage .9 and more, the solve interpolates, and the shift grows to eight times the weight)
+  - gradients and differences are in a metric that is short where text feels a change of the outputs (`_hyper.metric`)
   - there are several rounds (there: one), at any tokens (there: the answer's), in modules from below to above (there: the last blocks)
   - each example adds rows for up to `restated` other ways to ask for its fact (`_restated.py`): phrasings of the text that holds still,
     found once while preparing
   - the gradients are sums over tokens (there: means over the tokens of a batch of examples, so that a smaller batch says more)
-  - the rank is 256 and Adam's rates are 3e-5 and, for eta and lam, 1e-2 (there: 1,920 and 1e-5); for the rest see `_hyper.py`, `_meta.py`
+  - the rank is 256 and Adam's rates are 5e-6 and, for eta and lam, 1e-3 (there: 1,920 and 1e-5); for the rest see `_hyper.py`, `_meta.py`
 `held` documents raise lam until the budget is kept, as in `memit`; in all rounds but the last half of them do, roughly. With 0 the gate
 alone keeps it.
 
 File legend: N rows, K key width, V value width.
 """
 
+import itertools
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,12 +48,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from errata import text
+from errata import hosts, text
 from errata.hosts import Host, Weights
 from errata.methods import _gradients, _hyper, _kept, _keys, _meta, _normal
 from errata.methods._gradients import Pairs
 from errata.methods._hyper import Net
-from errata.methods._meta import Lesson, Merge, Merging, Pull, Shifts
+from errata.methods._meta import Asked, Lesson, Merge, Merging, Pull, Shifts
 from errata.methods._normal import Prior
 from errata.methods._restated import restated, spoken_of
 from errata.methods._values import quiet
@@ -67,6 +75,9 @@ FAITHFUL = {
 FIXED = ("tokens", "per_text", "prior", "restated", "ridge", "faithful")  # what an edit must share with its preparation
 TAUGHT = 4  # rounds that a training knows, at most: those behind them find the same in smaller
 KIND = 6  # examples of one kind of prompt that other phrasings are sought for
+MANY, MOST = 256, 64  # there are as many rounds more as there are examples more than so many, but no more than so many
+EACH = 4  # documents for each example, of those that a further round is not to make worse: the more is changed, the more it may hurt
+TURNS = 4  # what the documents of so many rounds had lost is remembered: of one round's alone too much is chance
 HASTY, LEAST = 2, 32  # a round in the middle looks at one of so many of the documents that hold still, but at so many at least
 SLOT = "\0"  # what a phrasing speaks of
 
@@ -76,9 +87,10 @@ SLOT = "\0"  # what a phrasing speaks of
 class Malmen(Method):
     """modules: comma-separated beginnings of module names; empty: the last projections of up to six MLPs, evenly from the first block to
     the last. tokens: whose rows are taken, "all" or those that say the "answer"; per_text: so many of them in each text and module, those
-    with the longest gradients, 0 for all. prior: P, "C", "I" or "U" (`_keys.prior`). rounds, caution, restated: see above. held, ridge,
-    per_key: as in `memit`. chunk: rows that go through the network at once; it changes nothing else. rank: of the network's blocks.
-    lam: first value of each module's. share: first length of the differences, as a share of the module's outputs. The rest:
+    with the longest gradients, 0 for all. prior: P, "C", "I" or "U" (`_keys.prior`). rounds, caution, restated: see above. spared: so
+    many documents at most, and `EACH` for each example. held, ridge, per_key: as in `memit`. chunk: rows that go through the network at
+    once; it changes nothing else. rank: of the network's blocks. lam: first value of each module's. share: first length of the
+    differences, as a share of the module's outputs. The rest:
     `_meta.Settings`."""
 
     modules: str = ""
@@ -89,6 +101,7 @@ class Malmen(Method):
     rounds: int = 8
     caution: float = 12.0
     held: int = 500
+    spared: int = 2000
     ridge: float = 1e-3
     per_key: int = 16
     chunk: int = 1024
@@ -96,8 +109,8 @@ class Malmen(Method):
     lam: float = 0.1
     share: float = 0.15
     steps: int = 240
-    lr: float = 3e-5
-    rate: float = 1e-2
+    lr: float = 5e-6
+    rate: float = 1e-3
     least: int = 16
     most: int = 128
     asked: int = 2
@@ -131,9 +144,11 @@ class Malmen(Method):
             C, _ = _keys.covariances(host, texts, modules, self.per_key)
             found = {m: self._prior(C_KK.to(host.device, torch.float64)) for m, C_KK in C.items()}
             tensors, units = _keys.kept({m: own for m, (own, _) in found.items()}), {m: unit for m, (_, unit) in found.items()}
+            metrics = {} if self.faithful else self._metrics(host, texts, modules)
             ways = phrasings(host, [c.example for c in cases], texts, self.restated, run.seed)
         else:
             tensors, units, ways = dict(begun.tensors), begun.config.get("units", {}), begun.config.get("ways", {})
+            metrics = {}  # they are in its network
         priors = self._priors(host, modules, tensors, units)  # as an edit will find them
         take = partial(self._rows, host, modules=modules, ways=ways, progress=run.progress, spread=run.spread)
         learning = partial(
@@ -146,6 +161,7 @@ class Malmen(Method):
             rank=self.rank,
             lam=self.lam,
             share=self.share,
+            metrics=metrics,
         )
         tensors = {m: tensors[m] for m in modules if m in tensors}
         lesson = Lesson(
@@ -179,18 +195,42 @@ class Malmen(Method):
         # further rounds read everything anyway: then the patch had better not depend on what was built before, not even in its last digits
         own = run if self.rounds == 1 else replace(run, sums=None, keep=forget)
         sums = _kept.of_examples(host, "malmen", about, examples, summing, own)
-        still = quiet(host, examples, run, self.held)
+        rounds = self._rounds(len(examples))
+        still, spared = self._held(host, examples, run, rounds)
         few = still[: max(LEAST, len(still) // HASTY)]
         lam, weights = self.caution, None
+        lost = deque[dict[str, Tensor]](maxlen=TURNS)
         solved = partial(_keys.of_sums, host, sums, units, tell=run.tell)
-        for done in range(1, self.rounds):
-            epsilon, lam = run.budget.epsilon * done / self.rounds, max(self.caution, lam / 2)
+        for done, now in enumerate(spared, 1):
+            epsilon, lam = run.budget.epsilon * done / rounds, max(self.caution, lam / 2)
             (ops, weights), lam = _keys.inside(host, few, epsilon, lam, solved, run.spread, weights, further=2.0)
             changed = {op.weight.removesuffix(".weight"): _keys.dense(host, op) for op in ops}
             sums = _kept.of_parts(host, list(_gradients.some(examples)), replace(summing, take=partial(take, weights=weights)), run)
-            solved = partial(_keys.of_sums, host, sums, units, onto=changed, tell=run.tell)
+            lost.append(self._worse(host, now, changed, run.spread))
+            worse = {m: torch.stack([own[m] for own in lost]).mean(0) for m in lost[-1]}
+            solved = partial(_keys.of_sums, host, sums, units, onto=changed, worse=worse, tell=run.tell)
         (ops, _), _ = _keys.inside(host, still, run.budget.epsilon, 1.0, solved, run.spread, weights)
         return self._patch(host, examples, state, ops)
+
+    def _rounds(self, n: int) -> int:
+        """Of so many examples: the more there are, the less of its way a round may go."""
+        return self.rounds if self.rounds == 1 else max(self.rounds, min(MOST, round(self.rounds * n / MANY)))
+
+    def _held(self, host: Host, examples: tuple[Example, ...], run: Run, rounds: int) -> tuple[list[str], list[list[str]]]:
+        """(documents that say what an edit costs; for each further round others that it is not to make worse, as fresh as there are)."""
+        each = min(self.spared, EACH * len(examples)) if rounds > 1 else 0
+        drawn = quiet(host, examples, run, self.held + each * (rounds - 1))
+        cut = min(self.held, len(drawn) * self.held // max(1, self.held + each))  # a share of both where text is short
+        still, pool = drawn[:cut], drawn[cut:]
+        turns = (itertools.islice(itertools.cycle(pool), i * each, (i + 1) * each) for i in range(rounds - 1))
+        return still, [list(dict.fromkeys(turn)) for turn in turns]
+
+    def _worse(self, host: Host, spared: Sequence[str], changed: Mapping[str, Tensor], spread: Spread) -> dict[str, Float[Tensor, "K V"]]:
+        """{module: gradient of what these documents have lost, as KL per token, with `changed` added to the weights}."""
+        shifts = {m: _meta.stored(host, m, delta) for m, delta in changed.items()}
+        asked = Asked(prompts=[], near=[], held=hosts.chunks(host, spared))
+        s = replace(_meta.settings_of(self.config), hold_weight=1.0)
+        return _meta.measured(host, asked, shifts, s, learn=True, spread=spread)[1] if spared else {}
 
     def _known(self, host: Host, run: Run) -> tuple[State, dict[str, Prior], dict[str, float], _kept.Read]:
         """(the state, {module: its prior}, {module: its learnt weight}, what makes keys and differences of rows)."""
@@ -243,6 +283,11 @@ class Malmen(Method):
         flat = [e if _meta.fits(host, e.prompt, e) else own[0] for own in asked for e in own]
         found = iter(_gradients.taken(host, flat, modules, self.batch_size, progress, self.tokens == "all", weights, spread, self.per_text))
         return tuple(_gradients.joined(host, e, [next(found) for _ in own]) for e, own in zip(examples, asked, strict=True))
+
+    def _metrics(self, host: Host, texts: Sequence[str], modules: Sequence[str]) -> dict[str, Float[Tensor, "V V"]]:
+        wide = max(_keys.in_out(host, m)[1] for m in modules)
+        found = _gradients.second_moments(host, texts, modules, self.per_key * wide)
+        return {m: _hyper.metric(G_VV) for m, G_VV in found.items()}
 
     def _prior(self, C_KK: Float[Tensor, "K K"]) -> tuple[Prior, float]:
         """(P, what lam counts in)."""
