@@ -177,7 +177,7 @@ class Example:
     def as_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
-    @property
+    @cached_property
     def id(self) -> str:
         return digest("example", canonical_json(self.as_dict()))
 
