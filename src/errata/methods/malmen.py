@@ -205,6 +205,7 @@ class Malmen(Method):
             epsilon, lam = run.budget.epsilon * done / rounds, max(self.caution, lam / 2)
             (ops, weights), lam = _keys.inside(host, few, epsilon, lam, solved, run.spread, weights, further=2.0)
             changed = {op.weight.removesuffix(".weight"): _keys.dense(host, op) for op in ops}
+            del sums, solved  # else they would lie beside those of the next round
             sums = _kept.of_parts(host, list(_gradients.some(examples)), replace(summing, take=partial(take, weights=weights)), run)
             lost.append(self._worse(host, now, changed, run.spread))
             worse = {m: torch.stack([own[m] for own in lost]).mean(0) for m in lost[-1]}
