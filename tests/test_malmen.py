@@ -45,7 +45,7 @@ def test_the_shift_is_the_formula(host: Host, settings: dict[str, Any]) -> None:
     rows = method.rows(host, EXAMPLES, run)
     got = changes(host, rows, run, method)
     covariances, _ = _keys.covariances(host, run.hold, run.state.config["modules"], method.per_key)
-    for module, (keys, g) in _meta.together(host, rows, run.state.config["modules"], 64 if settings.get("faithful") else None).items():
+    for module, (keys, g) in _gradients.together(host, rows, run.state.config["modules"], 64 if settings.get("faithful") else None).items():
         K, C = keys.double(), covariances[module].double()
         eye = torch.eye(len(C)).double()
         units = {"C": len(C) * (C + 1e-3 * C.diagonal().mean() * eye), "I": C.trace() * eye}
@@ -273,8 +273,8 @@ def test_training_begins_behind_the_rounds_that_an_edit_makes(host: Host) -> Non
     _, net = _meta.known(method, "malmen", host, run.state, ())
     modules = run.state.config["modules"]
     priors = method._priors(host, modules, run.state.tensors, run.state.config["units"])
-    take = functools.partial(method._rows, host, modules=modules, ways=run.state.config["ways"], progress=RUN.progress)
-    first = _meta.together(host, take(EXAMPLES), modules)
+    take = functools.partial(method._pairs, host, modules=modules, ways=run.state.config["ways"], progress=RUN.progress)
+    first = take(EXAMPLES)
     shifts, behind = method._earlier(host, take, priors, net, EXAMPLES, first, 2)
     with pytest.MonkeyPatch.context() as patched:  # of more rounds than two the first two
         inside = _keys.inside
@@ -284,7 +284,7 @@ def test_training_begins_behind_the_rounds_that_an_edit_makes(host: Host) -> Non
         wanted = _meta.stored(host, op.weight.removesuffix(".weight"), shifts[op.weight.removesuffix(".weight")]).float()
         assert float((apply.change(host, op) - wanted).norm()) < 1e-3 * float(wanted.norm())
     with apply.applied(host, made):
-        again = _meta.together(host, take(EXAMPLES), modules)
+        again = take(EXAMPLES)
     for m in modules:
         for mine, theirs in zip(behind[m], again[m], strict=True):
             assert float((mine - theirs).norm()) < 1e-3 * float(theirs.norm())

@@ -9,7 +9,7 @@ from test_meta import CASES, mend
 
 from errata import apply, hosts
 from errata.hosts import Host
-from errata.methods import _hyper, _meta
+from errata.methods import _gradients, _hyper, _meta
 from errata.types import Add, AddLowRank, Budget, Run, Summed, WrongBase
 
 EXAMPLES = tuple(c.example for c in CASES)
@@ -26,7 +26,7 @@ def test_the_shift_is_the_sum_of_rank_one_edits(host: Host, tokens: str, faithfu
     assert run.state is not None
     _, net = _meta.known(method, "mend", host, run.state, ())
     patch = method.edit(host, EXAMPLES[:2], run)
-    rows = _meta.together(host, method.rows(host, EXAMPLES[:2], run), run.state.config["modules"], 64 if faithful else None)
+    rows = _gradients.together(host, method.rows(host, EXAMPLES[:2], run), run.state.config["modules"], 64 if faithful else None)
     for op, (module, both) in zip(patch.ops, rows.items(), strict=True):
         k, g = (x.detach() for x in _hyper.factors(net, module, *both))
         S = -_hyper.eta(net, module) * sum(torch.outer(a, b) for a, b in zip(k, g, strict=True))

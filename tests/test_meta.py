@@ -58,10 +58,10 @@ def learning(host: Host, method: Malmen | Mend) -> tuple[_hyper.Net, dict[str, t
     draw = torch.Generator().manual_seed(5)
     own = {name: (t + 0.1 * torch.randn(t.shape, generator=draw)).double().requires_grad_() for name, t in net.parameters.items()}
     run = dataclasses.replace(RUN, state=state)
-    rows = _meta.together(host, method.rows(host, tuple(c.example for c in CASES[:3]), run), modules)
+    rows = _gradients.together(host, method.rows(host, tuple(c.example for c in CASES[:3]), run), modules)
     C = _keys.covariances(host, RUN.hold, modules, method.per_key)[0] if isinstance(method, Malmen) else {}
     C = {m: C_KK.double() for m, C_KK in C.items()}
-    return dataclasses.replace(net, parameters=own), rows, C
+    return dataclasses.replace(net, parameters=own), {m: (k.double(), g.double()) for m, (k, g) in rows.items()}, C
 
 
 def asked_of(host: Host) -> _meta.Asked:
@@ -327,7 +327,7 @@ def test_published_gradients_are_means_over_the_tokens_of_a_batch(tiny_gpt2: Hos
     rows = method._rows(tiny_gpt2, examples, modules, {}, RUN.progress)
     m = modules[-1]
     tokens = [len(r.keys[m]) for r in rows]
-    sums, means = (_meta.together(tiny_gpt2, rows, modules, means_of=n)[m] for n in (None, 2))
+    sums, means = (_gradients.together(tiny_gpt2, rows, modules, means_of=n)[m] for n in (None, 2))
     share = torch.tensor([1 / sum(tokens[:2])] * sum(tokens[:2]) + [1 / tokens[2]] * tokens[2])
     torch.testing.assert_close(means[1], sums[1] * share[:, None])
     assert torch.equal(means[0], sums[0])

@@ -58,6 +58,35 @@ def joined(host: Host, example: Example, parts: Sequence[Pairs]) -> Rows:
     return Rows(host=host.id, example=example, keys=keys, values=values)
 
 
+def stacked(host: Host, examples: Sequence[Example], parts: Sequence[Sequence[Pairs]]) -> Pairs:
+    """All that was taken for each example, one's behind the other's: what sums are made of needs no `Rows`. Raises as `joined`."""
+    flat = [part for own in parts for part in own]
+    out = {m: (torch.cat([part[m][0] for part in flat]), torch.cat([part[m][1] for part in flat])) for m in flat[0]}
+    if not all(bool(rows_.isfinite().all()) for both in out.values() for rows_ in both):
+        for e, own in zip(examples, parts, strict=True):
+            joined(host, e, own)  # says which
+    return {m: (keys_NK.to(host.device), v_NV.to(host.device)) for m, (keys_NK, v_NV) in out.items()}
+
+
+def together(host: Host, rows: Sequence[Rows], modules: Sequence[str], means_of: int | None = None) -> Pairs:
+    """{module: (k, g)} of the rows, one example after the other. `means_of` so many examples, as published: their gradients are then those
+    of the mean over the answer tokens of that many examples."""
+    share = [1.0] * len(rows)
+    for start in range(0, len(rows) if means_of else 0, means_of or 1):
+        batch = range(start, min(start + (means_of or 1), len(rows)))
+        encoded = [hosts.encode(host, rows[i].example.prompt, rows[i].example.target) for i in batch]
+        tokens = sum(len(ids) - given for ids, given in encoded)
+        for i in batch:
+            share[i] = 1 / tokens
+    return {
+        m: (
+            torch.cat([r.keys[m] for r in rows]).to(host.device),
+            torch.cat([part * r.values[m] for part, r in zip(share, rows, strict=True)]).to(host.device),
+        )
+        for m in modules
+    }
+
+
 def taken(
     host: Host,
     examples: Sequence[Example],

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from errata.hosts import Host
 from errata.methods import _gradients, _normal
+from errata.methods._gradients import Pairs
 from errata.methods._normal import Prior, Sums
-from errata.types import Example, Rows, Run, State, canonical_json, digest, here
+from errata.types import Example, Run, State, canonical_json, digest, here
 
-Read = Callable[[Host, Iterable[Rows]], Mapping[str, tuple[Float[Tensor, "N K"], Float[Tensor, "N V"]]]]  # {module: (keys, differences)}
+Read = Callable[[Host, Pairs], Mapping[str, tuple[Float[Tensor, "N K"], Float[Tensor, "N V"]]]]  # {module: (keys, differences)}
 
 
 @final
@@ -30,7 +31,7 @@ class Summing:
     It goes to the workers, so it holds functions that can be pickled, and neither host nor run.
     """
 
-    take: Callable[[Host, tuple[Example, ...]], Iterable[Rows]]
+    take: Callable[[Host, tuple[Example, ...]], Pairs]
     read: Read
     priors: Mapping[str, Prior]
 
@@ -40,9 +41,9 @@ def about(host: Host, method: str, *rest: Any) -> str:
     return digest("raw sums", host.id, method, canonical_json(list(rest)))
 
 
-def of_rows(host: Host, rows: Iterable[Iterable[Rows]], priors: Mapping[str, Prior], read: Read) -> dict[str, Sums]:
+def of_rows(host: Host, parts: Iterable[Pairs], priors: Mapping[str, Prior], read: Read) -> dict[str, Sums]:
     """The sums of all rows, a part of them in memory at a time."""
-    return _total({m: _normal.of(priors[m], *both) for m, both in read(host, part).items()} for part in rows)
+    return _total({m: _normal.of(priors[m], *both) for m, both in read(host, part).items()} for part in parts)
 
 
 def of_parts(host: Host, parts: Sequence[tuple[Example, ...]], summing: Summing, run: Run) -> dict[str, Sums]:

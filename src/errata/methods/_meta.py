@@ -33,7 +33,7 @@ from torch import Tensor
 
 from errata import hosts, text
 from errata.hosts import Host, Weights, stored_transposed
-from errata.methods import _hyper
+from errata.methods import _gradients, _hyper
 from errata.methods._descend import ENOUGH, PASS, Row, Through, goal_losses, kl_sum
 from errata.methods._gradients import Pairs
 from errata.methods._hyper import Net
@@ -522,7 +522,7 @@ class Merging:
 
     def _rows(self, cases: Sequence[Case]) -> Pairs:
         """{module: (k, g)} of the cases' examples."""
-        return together(self.host, self.remembered.of(cases), list(self.widths), self.s.batch_size if self.s.faithful else None)
+        return _gradients.together(self.host, self.remembered.of(cases), list(self.widths), self.s.batch_size if self.s.faithful else None)
 
 
 def gradients_of(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -534,25 +534,6 @@ def few(s: Settings, held_back: Sequence[Case]) -> list[Sequence[Case]]:
     """Held-back cases as they are edited together where few are: the most, the usual number, and single ones."""
     usual = round(math.sqrt(s.least * s.most))
     return [held_back[: s.most], held_back[-usual:], *([c] for c in held_back[:SINGLE])]
-
-
-def together(host: Host, rows: Sequence[Rows], modules: Sequence[str], means_of: int | None = None) -> Pairs:
-    """{module: (k, g)} of the rows, one example after the other. `means_of` so many examples, as published: their gradients are then those
-    of the mean over the answer tokens of that many examples."""
-    share = [1.0] * len(rows)
-    for start in range(0, len(rows) if means_of else 0, means_of or 1):
-        batch = range(start, min(start + (means_of or 1), len(rows)))
-        encoded = [hosts.encode(host, rows[i].example.prompt, rows[i].example.target) for i in batch]
-        tokens = sum(len(ids) - given for ids, given in encoded)
-        for i in batch:
-            share[i] = 1 / tokens
-    return {
-        m: (
-            torch.cat([r.keys[m] for r in rows]).to(host.device),
-            torch.cat([part * r.values[m] for part, r in zip(share, rows, strict=True)]).to(host.device),
-        )
-        for m in modules
-    }
 
 
 def outputs(host: Host, module: str, keys_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N V"]:

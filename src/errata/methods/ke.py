@@ -136,7 +136,7 @@ class Ke(Method):
         self, net: Net, host: Host, h_EC: Float[Tensor, "E C"], rows: Sequence[Rows], modules: Sequence[str]
     ) -> dict[str, tuple[Float[Tensor, "R K"], Float[Tensor, "R V"]]]:
         """{module: (A, B)}, the factors of S = A^T B, summed over the examples."""
-        both = _meta.together(host, rows, modules, means_of=1 if self.faithful else None)
+        both = _gradients.together(host, rows, modules, means_of=1 if self.faithful else None)
         out = {}
         for module, (keys_NK, g_NV) in both.items():
             each = torch.tensor([len(r.keys[module]) for r in rows], device=keys_NK.device)

@@ -42,7 +42,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -150,14 +150,14 @@ class Malmen(Method):
             tensors, units, ways = dict(begun.tensors), begun.config.get("units", {}), begun.config.get("ways", {})
             metrics = {}  # they are in its network
         priors = self._priors(host, modules, tensors, units)  # as an edit will find them
-        take = partial(self._rows, host, modules=modules, ways=ways, progress=run.progress, spread=run.spread)
+        how: dict[str, Any] = {"modules": modules, "ways": ways, "progress": run.progress, "spread": run.spread}
         learning = partial(
             Merging,
-            rows=take,
+            rows=partial(self._rows, host, **how),
             moved=self._differences,
             merge=self._merge(priors),
             rounds=min(self.rounds, TAUGHT),
-            earlier=partial(self._earlier, host, take, priors),
+            earlier=partial(self._earlier, host, partial(self._pairs, host, **how), priors),
             rank=self.rank,
             lam=self.lam,
             share=self.share,
@@ -172,12 +172,14 @@ class Malmen(Method):
     def rows(self, host: Host, examples: tuple[Example, ...], run: Run) -> tuple[Rows, ...]:
         """Keys and value gradients of each example. Raises UnknownName, WrongBase or InvalidExample for a state that does not serve."""
         state, _ = _meta.known(self, "malmen", host, run.state, FIXED)
-        return self._rows(host, examples, state.config["modules"], state.config["ways"], run.progress, spread=run.spread)
+        how = {"modules": state.config["modules"], "ways": state.config["ways"]}
+        return self._rows(host, examples, progress=run.progress, spread=run.spread, **how)
 
     def solve(self, host: Host, rows: tuple[Rows, ...], run: Run) -> Patch:
         """The patch that all the rows come to in one round, in whatever order. Raises WrongBase for rows of other weights."""
-        parts = _gradients.in_order(host, rows)
+        ordered = _gradients.in_order(host, rows)
         state, priors, units, read = self._known(host, run)
+        parts = (_gradients.together(host, part, list(priors), self._batch()) for part in ordered)
         sums = _kept.of_rows(host, parts, priors, read)
         examples = tuple(r.example for r in rows)
         still = quiet(host, examples, run, self.held)
@@ -189,7 +191,7 @@ class Malmen(Method):
         """With one round, `solve` of the `rows`, of which only some are in memory at once; from `run.sums`, if these are of the same
         settings. Each further round reads all examples again."""
         state, priors, units, read = self._known(host, run)
-        take = partial(self._rows, modules=state.config["modules"], ways=state.config["ways"], progress=run.inner)
+        take = partial(self._pairs, modules=state.config["modules"], ways=state.config["ways"], progress=run.inner)
         summing = _kept.Summing(take=take, read=read, priors=priors)
         about = _kept.about(host, "malmen", state.id, self.config | {"held": 0, "caution": 0})
         # further rounds read everything anyway: then the patch had better not depend on what was built before, not even in its last digits
@@ -201,7 +203,7 @@ class Malmen(Method):
         lam, weights = self.caution, None
         lost = deque[dict[str, Tensor]](maxlen=TURNS)
         solved = partial(_keys.of_sums, host, sums, units, tell=run.tell)
-        for done, now in enumerate(spared, 1):
+        for done, now in run.progress(enumerate(spared, 1), "rounds", len(spared)):
             epsilon, lam = run.budget.epsilon * done / rounds, max(self.caution, lam / 2)
             (ops, weights), lam = _keys.inside(host, few, epsilon, lam, solved, run.spread, weights, further=2.0)
             changed = {op.weight.removesuffix(".weight"): _keys.dense(host, op) for op in ops}
@@ -238,11 +240,10 @@ class Malmen(Method):
         state, net = _meta.known(self, "malmen", host, run.state, FIXED)
         found = self._priors(host, state.config["modules"], state.tensors, state.config["units"])
         priors, units = {m: own for m, (own, _) in found.items()}, {m: unit * _hyper.lam(net, m) for m, (_, unit) in found.items()}
-        return state, priors, units, partial(self._read, net, list(priors))
+        return state, priors, units, partial(self._read, net)
 
-    def _read(self, net: Net, modules: Sequence[str], host: Host, rows: Iterable[Rows]) -> dict[str, tuple[Tensor, Tensor]]:
-        both = _meta.together(host, list(rows), modules, self._batch())
-        return {m: (keys_NK, self._differences(net, m, keys_NK, g_NV)) for m, (keys_NK, g_NV) in both.items()}
+    def _read(self, net: Net, host: Host, rows: Pairs) -> Pairs:
+        return {m: (keys_NK, self._differences(net, m, keys_NK, g_NV)) for m, (keys_NK, g_NV) in rows.items()}
 
     def _patch(self, host: Host, examples: tuple[Example, ...], state: State, ops: tuple[Op, ...]) -> Patch:
         return Patch(method="malmen", config=self.config | {"state": state.id}, parent=host.id, examples=examples, ops=ops)
@@ -250,7 +251,7 @@ class Malmen(Method):
     def _earlier(
         self,
         host: Host,
-        take: Callable[..., tuple[Rows, ...]],
+        take: Callable[..., Pairs],
         priors: Mapping[str, tuple[Prior, float]],
         net: Net,
         examples: tuple[Example, ...],
@@ -263,13 +264,23 @@ class Malmen(Method):
             for m, both in rows.items():
                 S_KV = self._solve(net, m, priors[m], *both, caution=self.caution).shift
                 shifts[m] = shifts[m] + S_KV if m in shifts else S_KV
-            rows = _meta.together(host, take(examples, weights=_meta.shifted(host, shifts)), list(rows), self._batch())
+            rows = take(examples, weights=_meta.shifted(host, shifts))
         return shifts, rows
 
     def _batch(self) -> int | None:
         return self.batch_size if self.faithful else None
 
-    def _rows(
+    def _rows(self, host: Host, examples: tuple[Example, ...], *how: Any, **more: Any) -> tuple[Rows, ...]:
+        """Those of the example's own prompt, and behind them those of its other ways; the rest as in `_parts`."""
+        return tuple(_gradients.joined(host, e, own) for e, own in zip(examples, self._parts(host, examples, *how, **more), strict=True))
+
+    def _pairs(self, host: Host, examples: tuple[Example, ...], **how: Any) -> Pairs:
+        """`_rows` of all examples together."""
+        if self.faithful:  # then what else is in a batch counts
+            return _gradients.together(host, self._rows(host, examples, **how), how["modules"], self._batch())
+        return _gradients.stacked(host, examples, self._parts(host, examples, **how))
+
+    def _parts(
         self,
         host: Host,
         examples: tuple[Example, ...],
@@ -278,12 +289,12 @@ class Malmen(Method):
         progress: Progress,
         weights: Weights | None = None,
         spread: Spread = here,
-    ) -> tuple[Rows, ...]:
-        """Those of the example's own prompt, and behind them those of its other ways."""
+    ) -> list[list[Pairs]]:
+        """What is taken for each example, for each way in which it is asked."""
         asked = [[e, *restatements(e, ways, self.restated)] for e in examples]
         flat = [e if _meta.fits(host, e.prompt, e) else own[0] for own in asked for e in own]
         found = iter(_gradients.taken(host, flat, modules, self.batch_size, progress, self.tokens == "all", weights, spread, self.per_text))
-        return tuple(_gradients.joined(host, e, [next(found) for _ in own]) for e, own in zip(examples, asked, strict=True))
+        return [[next(found) for _ in own] for own in asked]
 
     def _metrics(self, host: Host, texts: Sequence[str], modules: Sequence[str]) -> dict[str, Float[Tensor, "V V"]]:
         wide = max(_keys.in_out(host, m)[1] for m in modules)

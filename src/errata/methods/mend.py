@@ -102,7 +102,7 @@ class Mend(Method):
         state, net = _meta.known(self, "mend", host, run.state, FIXED)
         products = Products()
         for part in rows:
-            for module, both in _meta.together(host, part, state.config["modules"], self._batch()).items():
+            for module, both in _gradients.together(host, part, state.config["modules"], self._batch()).items():
                 with torch.no_grad():
                     k_NK, g_NV = _hyper.factors(net, module, *both)
                     products.add(module, k_NK, -_hyper.eta(net, module) * g_NV)

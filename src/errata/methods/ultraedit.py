@@ -29,10 +29,10 @@ from torch import Tensor
 from errata import hosts, text
 from errata.hosts import Host, stored_transposed
 from errata.methods import _gradients, _kept, _keys, _normal
-from errata.methods._gradients import Moments
+from errata.methods._gradients import Moments, Pairs
 from errata.methods._normal import Prior
 from errata.methods._values import quiet
-from errata.types import Case, Example, InvalidExample, Method, Patch, Progress, Rows, Run, Spread, State, here
+from errata.types import Case, Example, InvalidExample, Method, Patch, Progress, Rows, Run, State
 
 STATISTICS = 4096  # tokens of text that the deviations of keys and gradients are estimated from
 
@@ -82,27 +82,27 @@ class Ultraedit(Method):
 
     def rows(self, host: Host, examples: tuple[Example, ...], run: Run) -> tuple[Rows, ...]:
         """Keys and value gradients of each example."""
-        return self._rows(host, examples, self._modules(host), run.progress, run.spread)
+        return _gradients.rows(host, examples, self._modules(host), self.batch_size, run.progress, spread=run.spread)
 
     def solve(self, host: Host, rows: tuple[Rows, ...], run: Run) -> Patch:
         """The patch that all the rows come to, in whatever order. Raises WrongBase for rows of other weights."""
         priors, units, read, _ = self._known(host, run)
-        sums = _kept.of_rows(host, _gradients.in_order(host, rows), priors, read)
+        parts = (_gradients.together(host, part, list(priors)) for part in _gradients.in_order(host, rows))
+        sums = _kept.of_rows(host, parts, priors, read)
         return self._solved(host, tuple(r.example for r in rows), units, sums, run)
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         """`solve` of the `rows`, of which only some are in memory at once; from `run.sums`, if these are of the same settings."""
         priors, units, read, state = self._known(host, run)
         about = _kept.about(host, "ultraedit", state.id, self.config | {"held": 0, "lam": 0})
-        take = partial(self._rows, modules=self._modules(host), progress=run.inner)
+        take = partial(self._pairs, modules=self._modules(host), progress=run.inner)
         summing = _kept.Summing(take=take, read=read, priors=priors)
         sums = _kept.of_examples(host, "ultraedit", about, examples, summing, run)
         return self._solved(host, examples, units, sums, run)
 
-    def _rows(
-        self, host: Host, examples: tuple[Example, ...], modules: Sequence[str], progress: Progress, spread: Spread = here
-    ) -> tuple[Rows, ...]:
-        return _gradients.rows(host, examples, modules, self.batch_size, progress, spread=spread)
+    def _pairs(self, host: Host, examples: tuple[Example, ...], modules: Sequence[str], progress: Progress) -> Pairs:
+        found = _gradients.taken(host, examples, modules, self.batch_size, progress)
+        return _gradients.stacked(host, examples, [[own] for own in found])
 
     def _known(self, host: Host, run: Run) -> tuple[dict[str, Prior], dict[str, float], _kept.Read, State]:
         """({module: its prior}, {module: what lam is multiplied with}, what makes keys and differences of rows, the state)."""
@@ -131,11 +131,11 @@ class Ultraedit(Method):
         return Patch(method="ultraedit", config=self.config, parent=host.id, examples=examples, ops=ops)
 
 
-def _read(about: Mapping[str, tuple[Moments, Moments, float]], host: Host, rows: Iterable[Rows]) -> dict[str, tuple[Tensor, Tensor]]:
+def _read(about: Mapping[str, tuple[Moments, Moments, float]], host: Host, rows: Pairs) -> dict[str, tuple[Tensor, Tensor]]:
     """{module: (keys, differences)} of the rows, given {module: (moments of keys, of values, the length of d)}; float64."""
-    part, out = list(rows), {}
+    out = {}
     for module, (k, v, eta) in about.items():
-        keys_NK, v_NV = (torch.cat([getattr(r, which)[module] for r in part]).to(k.mean_W) for which in ("keys", "values"))
+        keys_NK, v_NV = (x.to(k.mean_W) for x in rows[module])
         out[module] = (keys_NK, differences(k, v, keys_NK, v_NV, eta))
     return out
 
