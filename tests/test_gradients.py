@@ -1,5 +1,7 @@
 """Value gradients against finite differences and plain autograd; what they cost; statistics against those of all rows at once."""
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import FAMILIES, TEXT, same_bits, tiny_host, weights_of
@@ -241,3 +243,10 @@ def test_the_second_moments_of_text_are_those_of_the_gradients_at_all_its_tokens
         torch.testing.assert_close(
             _gradients.second_moments(tiny_llama, TEXT, [module], 10_000)[module], wanted / count, rtol=1e-4, atol=1e-9
         )
+    captured = _gradients.captured
+
+    def spoiled(*given: Any) -> Any:
+        return {m: (k, v.index_fill(0, torch.tensor([0]), torch.nan)) for m, (k, v) in captured(*given).items()}
+
+    monkeypatch.setattr(_gradients, "captured", spoiled)
+    assert _gradients.second_moments(tiny_llama, TEXT, [module], 10_000)[module].isfinite().all()

@@ -112,6 +112,7 @@ def test_with_a_metric_outputs_change_least_where_text_feels_it() -> None:
     G, (keys, g) = root @ root.T, rows(9)
     T = _hyper.metric(G)
     torch.testing.assert_close(T @ T @ (G / (G.trace() / V) + torch.eye(V)), torch.eye(V), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(_hyper.metric(torch.zeros(V, V)), torch.eye(V))
     bare = dataclasses.replace(_hyper.fresh(WIDTHS, rank=5, lam=0.1, seed=0), metrics={"a": T})
     net, plain = (
         _hyper.watched(bare, "a", *rows(40)),

@@ -236,9 +236,10 @@ def second_moments(host: Host, texts: Sequence[str], modules: Sequence[str], tok
     sums, counts = dict[str, Tensor](), dict.fromkeys(modules, 0)
     for parts in _of_text(host, texts, modules, tokens, everywhere=True):
         for m, (_, v_NV) in parts.items():
-            sums[m] = sums.get(m, 0) + (v_NV.T @ v_NV).double()
-            counts[m] += len(v_NV)
-    return {m: G_VV / counts[m] for m, G_VV in sums.items()}
+            sound_NV = v_NV[v_NV.isfinite().all(1)]  # one that is not would leave nothing of the others
+            sums[m] = sums.get(m, 0) + (sound_NV.T @ sound_NV).double()
+            counts[m] += len(sound_NV)
+    return {m: G_VV / max(1, counts[m]) for m, G_VV in sums.items()}
 
 
 def _of_text(host: Host, texts: Sequence[str], modules: Sequence[str], tokens: int, everywhere: bool) -> Iterator[Pairs]:

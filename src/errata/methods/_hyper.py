@@ -107,7 +107,8 @@ def _where(net: Net, module: str) -> str:
 def metric(G_VV: Float[Tensor, "V V"]) -> Float[Tensor, "V V"]:
     """T = (G / g + I)^-1/2, g the mean eigenvalue of G, float32; G is the second moment of a module's gradients on text."""
     s_V, U_VV = torch.linalg.eigh(G_VV.double())
-    T_VV: Tensor = (U_VV * (s_V.clamp(min=0) / s_V.mean() + 1).rsqrt()) @ U_VV.T
+    least = torch.finfo(s_V.dtype).tiny  # text may feel nothing at all of a module: then T = I
+    T_VV: Tensor = (U_VV * (s_V.clamp(min=0) / s_V.mean().clamp(min=least) + 1).rsqrt()) @ U_VV.T
     return T_VV.float()
 
 

@@ -90,8 +90,7 @@ class Malmen(Method):
     with the longest gradients, 0 for all. prior: P, "C", "I" or "U" (`_keys.prior`). rounds, caution, restated: see above. spared: so
     many documents at most, and `EACH` for each example. held, ridge, per_key: as in `memit`. chunk: rows that go through the network at
     once; it changes nothing else. rank: of the network's blocks. lam: first value of each module's. share: first length of the
-    differences, as a share of the module's outputs. The rest:
-    `_meta.Settings`."""
+    differences, as a share of the module's outputs. The rest: `_meta.Settings`."""
 
     modules: str = ""
     tokens: str = "all"
@@ -193,7 +192,7 @@ class Malmen(Method):
         state, priors, units, read = self._known(host, run)
         take = partial(self._pairs, modules=state.config["modules"], ways=state.config["ways"], progress=run.inner)
         summing = _kept.Summing(take=take, read=read, priors=priors)
-        about = _kept.about(host, "malmen", state.id, self.config | {"held": 0, "caution": 0})
+        about = _kept.about(host, "malmen", state.id, self.config | {"held": 0, "caution": 0, "spared": 0})
         # further rounds read everything anyway: then the patch had better not depend on what was built before, not even in its last digits
         own = run if self.rounds == 1 else replace(run, sums=None, keep=forget)
         sums = _kept.of_examples(host, "malmen", about, examples, summing, own)
