@@ -10,8 +10,9 @@ from torch import Tensor
 from errata import apply
 from errata.hosts import Host
 from errata.methods import _gradients
+from errata.methods._gradients import Pairs
 from errata.methods.ultraedit import Ultraedit
-from errata.types import Example, Rows, Run, State
+from errata.types import Example, Run, State
 
 EXAMPLES = tuple(Example(prompt=f"Town {i} lies in the land of", target=f" Port Louis number {7 * i}") for i in range(24))
 METHOD = Ultraedit(held=0, layers="1")
@@ -24,13 +25,13 @@ class Book:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sums: State | None = None
         self.taken: list[int] = []
-        rows = _gradients.rows
+        taken = _gradients.taken
 
-        def counted(host: Host, examples: tuple[Example, ...], *rest: object, **named: object) -> tuple[Rows, ...]:
+        def counted(host: Host, examples: tuple[Example, ...], *rest: object, **named: object) -> list[Pairs]:
             self.taken.append(len(examples))
-            return rows(host, examples, *rest, **named)  # type: ignore[arg-type]
+            return taken(host, examples, *rest, **named)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(_gradients, "rows", counted)
+        monkeypatch.setattr(_gradients, "taken", counted)
 
     def keep(self, state: State) -> None:
         self.sums = state
