@@ -226,6 +226,11 @@ def test_a_shift_under_a_constraint_is_that_of_the_quadratic_program(host: Host,
             assert abs(sum(float((limit[m] * got[m]).sum()) for m in modules)) < 1e-4 * abs(rises)
 
 
+def test_fewer_documents_than_none_are_refused_in_a_sentence() -> None:
+    with pytest.raises(InvalidExample, match="spares 0 documents or more, got -1"):
+        malmen(spared=-1)
+
+
 def test_each_further_round_spares_other_documents_as_long_as_there_are_others(tiny_llama: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     hold = tuple(f"The mill number {i} stands by the old river." for i in range(40))
     run = dataclasses.replace(RUN, hold=hold)

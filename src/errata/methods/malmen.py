@@ -130,6 +130,8 @@ class Malmen(Method):
             )
         if self.per_text < 0:
             raise InvalidExample(f"malmen takes so many rows of a text as per_text says, all with 0, got {self.per_text}.")
+        if self.spared < 0:
+            raise InvalidExample(f"malmen spares 0 documents or more, got {self.spared}.")
         _meta.check("malmen", self.config)
         for name, value in FAITHFUL.items() if self.faithful else ():
             object.__setattr__(self, name, value)
