@@ -25,13 +25,13 @@ class Book:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sums: State | None = None
         self.taken: list[int] = []
-        taken = _gradients.taken
+        gathered = _gradients.gathered
 
-        def counted(host: Host, examples: tuple[Example, ...], *rest: object, **named: object) -> list[Pairs]:
+        def counted(host: Host, examples: tuple[Example, ...], *rest: object, **named: object) -> Pairs:
             self.taken.append(len(examples))
-            return taken(host, examples, *rest, **named)  # type: ignore[arg-type]
+            return gathered(host, examples, *rest, **named)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(_gradients, "taken", counted)
+        monkeypatch.setattr(_gradients, "gathered", counted)
 
     def keep(self, state: State) -> None:
         self.sums = state

@@ -112,14 +112,30 @@ def test_sums_do_not_see_how_their_rows_came(kind: str, parts: list[int], log_la
     keys, d = randn(n, K), randn(n, V, seed=1)
     pieces = list(zip(keys.split(parts), d.split(parts), strict=True))
     random.shuffle(pieces)
-    sums = [_normal.of(prior, *piece) for piece in pieces]
+    sums, growing = [_normal.of(prior, *piece) for piece in pieces], _normal.of(prior, *pieces[0])
+    for piece in pieces[1:]:
+        growing = _normal.grown(growing, *piece)
     while len(sums) > 1:
         a = sums.pop(random.randrange(len(sums)))
         b = sums.pop(random.randrange(len(sums)))
         sums.append(_normal.merged(a, b))
     whole = _normal.solve(_normal.of(prior, keys, d, keep=True), lam).shift
-    assert sums[0].n == n
-    torch.testing.assert_close(_normal.solve(sums[0], lam).shift, whole, rtol=1e-6, atol=1e-8)
+    for total in (sums[0], growing):
+        assert total.n == n
+        torch.testing.assert_close(_normal.solve(total, lam).shift, whole, rtol=1e-6, atol=1e-8)
+
+
+def test_a_factor_and_what_it_is_of_may_lie_in_one_matrix() -> None:
+    """The factor on and below the diagonal, C above it: in both forms of the solve."""
+    apart, _, C = prior_of("whitened")
+    assert isinstance(apart, Whitened)
+    both = apart.L_KK + C.triu(1)
+    together = Whitened(L_KK=both, upper_KK=both)
+    torch.testing.assert_close(together.P_KK, C, rtol=1e-9, atol=1e-10)
+    for n in (3, 30):
+        keys, d = randn(n, K), randn(n, V, seed=1)
+        one, other = (_normal.solve(_normal.of(p, keys, d), 0.3).shift for p in (apart, together))
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
 @given(st.sampled_from(PRIORS), st.integers(1, 12), st.integers(1, 12), st.floats(-3, 2))

@@ -30,7 +30,7 @@ from errata.hosts import Batch, Host, Weights
 from errata.methods._descend import PASS, Row, goal_losses
 from errata.types import Example, Progress, Rows, Spread, WrongBase, here, no_progress
 
-AT_ONCE = 256  # examples whose rows are in memory together: the more, the less their texts are padded
+AT_ONCE = 256  # examples whose rows are in memory together
 FLOOR = 0.05  # of the root mean square deviation of all coordinates: one that hardly moves would become all that counts
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # {module: ((N, K) keys, (N, V) gradients)}
@@ -56,16 +56,6 @@ def joined(host: Host, example: Example, parts: Sequence[Pairs]) -> Rows:
     # copies, for a part of a batch keeps the whole in memory
     keys, values = ({m: torch.cat([part[m][i] for part in parts]) for m in parts[0]} for i in (0, 1))
     return Rows(host=host.id, example=example, keys=keys, values=values)
-
-
-def stacked(host: Host, examples: Sequence[Example], parts: Sequence[Sequence[Pairs]]) -> Pairs:
-    """All that was taken for each example, one's behind the other's: what sums are made of needs no `Rows`. Raises as `joined`."""
-    flat = [part for own in parts for part in own]
-    out = {m: (torch.cat([part[m][0] for part in flat]), torch.cat([part[m][1] for part in flat])) for m in flat[0]}
-    if not all(bool(rows_.isfinite().all()) for both in out.values() for rows_ in both):
-        for e, own in zip(examples, parts, strict=True):
-            joined(host, e, own)  # says which
-    return {m: (keys_NK.to(host.device), v_NV.to(host.device)) for m, (keys_NK, v_NV) in out.items()}
 
 
 def together(host: Host, rows: Sequence[Rows], modules: Sequence[str], means_of: int | None = None) -> Pairs:
@@ -108,44 +98,85 @@ def taken(
 
     Raises InvalidExample for what cannot be encoded.
     """
-    encoded = [[hosts.encode(host, e.prompt, answer) for answer in (e.target, e.contrast) if answer is not None] for e in examples]
     out: dict[int, Pairs] = {}
+    for group, found in _passes(host, examples, modules, batch_size, progress, everywhere, weights, spread, per_text):
+        out |= zip(group, _apart(*found), strict=True)
+    return [out[i] for i in range(len(examples))]
+
+
+def gathered(
+    host: Host,
+    examples: Sequence[Example],
+    modules: Sequence[str],
+    batch_size: int,
+    progress: Progress = no_progress,
+    everywhere: bool = False,
+    weights: Weights | None = None,
+    spread: Spread = here,
+    per_text: int = 0,
+) -> Pairs:
+    """The rows of all of them, as `taken`, as they come: sums need not know whose is which. Raises InvalidPatch where one is not finite."""
+    passes = list(_passes(host, examples, modules, batch_size, progress, everywhere, weights, spread, per_text))
+    parts = [pairs for _, (pairs, _) in passes]
+    out = {m: (torch.cat([own[m][0] for own in parts]), torch.cat([own[m][1] for own in parts])) for m in modules}
+    if not all(bool(rows_.isfinite().all()) for both in out.values() for rows_ in both):
+        for group, found in passes:
+            for i, own in zip(group, _apart(*found), strict=True):
+                joined(host, examples[i], [own])  # says which
+    return {m: (keys_NK.to(host.device), v_NV.to(host.device)) for m, (keys_NK, v_NV) in out.items()}
+
+
+Pass = tuple[Pairs, dict[str, list[int]]]  # the rows of some examples, one's behind the other's; of each, how many a module has
+
+
+def _passes(
+    host: Host,
+    examples: Sequence[Example],
+    modules: Sequence[str],
+    batch_size: int,
+    progress: Progress,
+    everywhere: bool,
+    weights: Weights | None,
+    spread: Spread,
+    per_text: int,
+) -> Iterator[tuple[list[int], Pass]]:
+    """(which of the examples, theirs) of each pass."""
+    encoded = [[hosts.encode(host, e.prompt, answer) for answer in (e.target, e.contrast) if answer is not None] for e in examples]
     longest = [max(own, key=lambda row: len(row[0])) for own in encoded]
     groups = [group[start : start + batch_size] for group in hosts.by_length(longest, PASS) for start in range(0, len(group), batch_size)]
     batches = [([examples[i] for i in group], [encoded[i] for i in group]) for group in groups]
     found = spread(host, _taking, batches, (list(modules), everywhere, weights, per_text))
-    for group, own in progress(zip(groups, found, strict=True), "reading value gradients", len(groups)):
-        out |= zip(group, own, strict=True)
-    return [out[i] for i in range(len(examples))]
+    return iter(progress(zip(groups, found, strict=True), "reading value gradients", len(groups)))
 
 
-def _taking(
-    host: Host, shared: tuple[list[str], bool, Weights | None, int]
-) -> Callable[[tuple[list[Example], list[list[Row]]]], list[Pairs]]:
+def _taking(host: Host, shared: tuple[list[str], bool, Weights | None, int]) -> Callable[[tuple[list[Example], list[list[Row]]]], Pass]:
     """What takes the rows of one batch: of its examples, and of the tokens of each one's answers."""
     modules, everywhere, weights, per_text = shared
 
-    def take(batch: tuple[list[Example], list[list[Row]]]) -> list[Pairs]:
+    def take(batch: tuple[list[Example], list[list[Row]]]) -> Pass:
         examples, own = batch
         padded = hosts.pad(host, [row for rows_ in own for row in rows_])
         parts = captured(host, padded, modules, _summed_loss(examples, own), everywhere, weights, per_text)
         ends = list(itertools.accumulate((len(rows_) for rows_ in own), initial=0))
-        out: list[Pairs] = [{} for _ in examples]
-        for m, (k, v) in parts.items():
+        counts: dict[str, list[int]] = {}
+        for m in modules:
             each_N = at(host, padded, m, everywhere).sum(1)
             each = (each_N.clamp(max=per_text) if per_text else each_N).tolist()
-            counts = [sum(each[a:b]) for a, b in itertools.pairwise(ends)]
-            split = zip(torch.split(k.float().cpu(), counts), torch.split(v.float().cpu(), counts), strict=True)
-            for pairs, both in zip(out, split, strict=True):
-                pairs[m] = both
-        return out
+            counts[m] = [sum(each[a:b]) for a, b in itertools.pairwise(ends)]
+        return {m: (k.float().cpu(), v.float().cpu()) for m, (k, v) in parts.items()}, counts
 
     return take
 
 
+def _apart(pairs: Pairs, counts: dict[str, list[int]]) -> list[Pairs]:
+    """The rows of a pass, example by example."""
+    split = {m: zip(torch.split(k, counts[m]), torch.split(v, counts[m]), strict=True) for m, (k, v) in pairs.items()}
+    return [dict(zip(split, own, strict=True)) for own in zip(*split.values(), strict=True)]
+
+
 def some(examples: Sequence[Example]) -> Iterator[tuple[Example, ...]]:
-    """The examples in the order of their ids, `AT_ONCE` of them at a time: that many rows are in memory while sums are made of them."""
-    ordered = sorted(examples, key=lambda e: e.id)
+    """The examples in an order of their own, `AT_ONCE` of them at a time: that many rows are in memory while sums are made of them."""
+    ordered = sorted(examples, key=_place)
     for start in range(0, len(ordered), AT_ONCE):
         yield tuple(ordered[start : start + AT_ONCE])
 
@@ -154,8 +185,13 @@ def in_order(host: Host, rows_: Sequence[Rows]) -> list[list[Rows]]:
     """The rows as `some` would have had them taken. Raises WrongBase for rows of other weights."""
     if other := next((r for r in rows_ if r.host != host.id), None):
         raise WrongBase(f"The rows of '{other.example}' were taken on weights {other.host}, {host.name} has {host.id}. Take them again.")
-    ordered = sorted(rows_, key=lambda r: r.example.id)
+    ordered = sorted(rows_, key=lambda r: _place(r.example))
     return [ordered[start : start + AT_ONCE] for start in range(0, len(ordered), AT_ONCE)]
+
+
+def _place(e: Example) -> tuple[int, str]:
+    """Among others: those of one length stand together, for texts of a pass are padded to its longest."""
+    return len(e.prompt) + len(e.target), e.id
 
 
 def _summed_loss(examples: Sequence[Example], own: Sequence[list[Row]]) -> Callable[[Float[Tensor, "N"]], Tensor]:

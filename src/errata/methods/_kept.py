@@ -20,18 +20,21 @@ from errata.methods._gradients import Pairs
 from errata.methods._normal import Prior, Sums
 from errata.types import Example, Run, State, canonical_json, digest, here
 
+Take = Callable[[Host, tuple[Example, ...]], Pairs]
 Read = Callable[[Host, Pairs], Mapping[str, tuple[Float[Tensor, "N K"], Float[Tensor, "N V"]]]]  # {module: (keys, differences)}
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Summing:
-    """How sums are made of examples: `take` their rows, `read` keys and differences off them, add them up under each module's prior.
+    """How sums are made of examples: `take` the rows of the texts in which they are `asked`, `read` keys and differences off them, add them
+    up under each module's prior.
 
-    It goes to the workers, so it holds functions that can be pickled, and neither host nor run.
+    `take` and `read` go to the workers, so they are functions that can be pickled, and hold neither host nor run.
     """
 
-    take: Callable[[Host, tuple[Example, ...]], Pairs]
+    asked: Callable[[Host, Sequence[Example]], Sequence[Example]]
+    take: Take
     read: Read
     priors: Mapping[str, Prior]
 
@@ -43,43 +46,31 @@ def about(host: Host, method: str, *rest: Any) -> str:
 
 def of_rows(host: Host, parts: Iterable[Pairs], priors: Mapping[str, Prior], read: Read) -> dict[str, Sums]:
     """The sums of all rows, a part of them in memory at a time."""
-    return _total({m: _normal.of(priors[m], *both) for m, both in read(host, part).items()} for part in parts)
+    return _total((dict(read(host, part)) for part in parts), priors)
 
 
-def of_parts(host: Host, parts: Sequence[tuple[Example, ...]], summing: Summing, run: Run) -> dict[str, Sums]:
-    """The sums of the examples of all parts: each part is a shard of `run.spread`, and they are added in their order."""
-    found = run.spread(host, _part, parts, summing)
+def of_all(host: Host, examples: Sequence[Example], summing: Summing, run: Run) -> dict[str, Sums]:
+    """The sums of the examples: some of their texts at a time are a shard of `run.spread`, and what it gives is added in their order."""
+    parts = list(_gradients.some(summing.asked(host, examples)))
+    found = run.spread(host, _part, parts, (summing.take, summing.read))
     if run.spread is not here:  # else taking the rows of a part tells of its progress
         found = run.progress(found, "reading value gradients", len(parts))
-    return _total({m: Sums(prior=summing.priors[m], keep=False, **own) for m, own in part.items()} for part in found)
+    return _total(found, summing.priors)
 
 
-def _part(host: Host, summing: Summing) -> Callable[[tuple[Example, ...]], dict[str, dict[str, Any]]]:
-    """What makes the sums of one part: {module: all of a `Sums` but its prior, which can be larger than the rest}."""
-
-    def sums(part: tuple[Example, ...]) -> dict[str, dict[str, Any]]:
-        read = summing.read(host, summing.take(host, part))
-        own = {m: _normal.of(summing.priors[m], *both) for m, both in read.items()}
-        return {m: {"n": new.n, "rows": new.rows, "folded": new.folded} for m, new in own.items()}
-
-    return sums
+def _part(host: Host, shared: tuple[Take, Read]) -> Callable[[tuple[Example, ...]], Pairs]:
+    """What makes keys and differences of the texts of one part. Their sums can be much larger than they are."""
+    take, read = shared
+    return lambda part: dict(read(host, take(host, part)))
 
 
-def _total(parts: Iterable[dict[str, Sums]]) -> dict[str, Sums]:
-    """What the parts come to, added in their order. Rows wait until there are as many as a sum is wide: a matrix for each part costs more
-    than what is in it. One module after the other, and a part's own are let go: no more is in memory than there has to be."""
-    sums, waiting = dict[str, Sums](), dict[str, Sums]()
-
-    def add(to: dict[str, Sums], module: str, new: Sums) -> None:
-        to[module] = _normal.merged(to.pop(module), new) if module in to else new
-
+def _total(parts: Iterable[Pairs], priors: Mapping[str, Prior]) -> dict[str, Sums]:
+    """What the parts come to, added in their order; one module after the other, so that no more is in memory than there has to be."""
+    sums = dict[str, Sums]()
     for part in parts:
         for module in list(part):
-            add(waiting, module, part.pop(module))
-            if waiting[module].rows is None:
-                add(sums, module, waiting.pop(module))
-    for module, left in waiting.items():
-        add(sums, module, left)
+            both = part.pop(module)
+            sums[module] = _normal.grown(sums[module], *both) if module in sums else _normal.of(priors[module], *both)
     return sums
 
 
@@ -103,8 +94,8 @@ def of_examples(host: Host, method: str, about: str, examples: tuple[Example, ..
     else:
         there, gone = {}, []
     new = [e for id, e in wanted.items() if id not in there]
-    sums = _added(sums, of_parts(host, list(_gradients.some(new)), summing, run))
-    for part in _gradients.some(gone):
+    sums = _added(sums, of_all(host, new, summing, run))
+    for part in _gradients.some(summing.asked(host, gone)):
         for module, (keys_NK, d_NV) in summing.read(host, summing.take(host, part)).items():
             sums[module] = _normal.without(sums[module], keys_NK, d_NV)
     if new or gone:

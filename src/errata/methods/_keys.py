@@ -200,7 +200,7 @@ def of_kept(host: Host, name: str, module: str, matrix_KR: Float[Tensor, "K R"] 
     if matrix_KR is None:
         return Plain(width=in_out(host, module)[0])
     own_KR = matrix_KR.to(host.device, torch.float64)
-    return Reduced(U_KR=own_KR) if name == "U" else Whitened(L_KK=own_KR.tril(), upper_KK=own_KR)
+    return Reduced(U_KR=own_KR) if name == "U" else Whitened(L_KK=own_KR, upper_KK=own_KR)
 
 
 @torch.no_grad()

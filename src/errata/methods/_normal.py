@@ -22,7 +22,6 @@ File legend: N rows, K key (module input) width, R width of the coordinates, V v
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import final
 
 import torch
@@ -53,7 +52,8 @@ class Plain:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Whitened:
-    """lam C, by the lower factor of C: what text uses much is stiff. `upper_KK`: C above its diagonal, where that is at hand."""
+    """lam C, by the lower factor of C: what text uses much is stiff. `upper_KK`: C above its diagonal, where that is at hand. What either
+    has on the other side is not read, so both may be one matrix."""
 
     L_KK: Float[Tensor, "K K"]
     upper_KK: Float[Tensor, "K K"] | None = None
@@ -62,13 +62,17 @@ class Whitened:
     def width(self) -> int:
         return len(self.L_KK)
 
-    @cached_property
+    @property
     def P_KK(self) -> Float[Tensor, "K K"]:
-        """C. Where rows are few nobody asks for it."""
+        """C, made anew. Where rows are few nobody asks for it."""
+        L_KK = self.L_KK.tril()
         if self.upper_KK is None:
-            return _gram(self.L_KK.T)
-        upper_KK = self.upper_KK.triu(1)
-        return (upper_KK + upper_KK.T).diagonal_scatter(self.L_KK.square().sum(1))
+            return _gram(L_KK.T)
+        diagonal_K = L_KK.square_().sum(1)
+        P_KK = self.upper_KK.triu(1)
+        P_KK += P_KK.T.clone()
+        P_KK.diagonal().copy_(diagonal_K)
+        return P_KK
 
     def into(self, keys_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N R"]:
         return keys_NK
@@ -117,7 +121,7 @@ def _coloured(prior: Prior, S_RV: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
 def _stiffened(prior: Prior, H_RR: Float[Tensor, "R R"], lam: float) -> Float[Tensor, "R R"]:
     """H + lam P."""
     if isinstance(prior, Whitened):
-        return torch.add(H_RR, prior.P_KK, alpha=lam)
+        return prior.P_KK.mul_(lam).add_(H_RR)
     matrix_RR = H_RR.clone()
     matrix_RR.diagonal().add_(lam)
     return matrix_RR
@@ -159,6 +163,17 @@ def merged(a: Sums, b: Sums) -> Sums:
     return _settled(replace(a, n=a.n + b.n, keep=keep, rows=(X, D)))
 
 
+def grown(sums: Sums, keys_NK: Float[Tensor, "N K"], d_NV: Float[Tensor, "N V"]) -> Sums:
+    """The sums with these rows too, as `merged`; what is folded grows where it is, so `sums` are not to be used any more."""
+    if sums.folded is None:
+        return merged(sums, of(sums.prior, keys_NK, d_NV))
+    H_RR, B_RV = sums.folded
+    X_NR = sums.prior.into(keys_NK.double())
+    _gram(X_NR, onto=H_RR)
+    B_RV.addmm_(X_NR.T, d_NV.double())
+    return replace(sums, n=sums.n + len(X_NR))
+
+
 def without(sums: Sums, keys_NK: Float[Tensor, "N K"], d_NV: Float[Tensor, "N V"]) -> Sums:
     """The sums less those of some rows that are in them: as if these had never been there, up to rounding.
 
@@ -184,13 +199,13 @@ def _fold(sums: Sums) -> tuple[Float[Tensor, "R R"], Float[Tensor, "R V"]]:
     return _gram(X_NR), X_NR.T @ D_NV
 
 
-def _gram(X_NR: Float[Tensor, "N R"]) -> Float[Tensor, "R R"]:
-    """X^T X. A strip at a time from the diagonal on, the rest is its mirror: little more than half of the work."""
+def _gram(X_NR: Float[Tensor, "N R"], onto: Float[Tensor, "R R"] | None = None) -> Float[Tensor, "R R"]:
+    """X^T X, `onto` what is there. A strip at a time from the diagonal on, the rest is its mirror: little more than half of the work."""
     X_RN = X_NR.T.contiguous()
-    H_RR = X_NR.new_empty(len(X_RN), len(X_RN))
+    H_RR = X_NR.new_zeros(len(X_RN), len(X_RN)) if onto is None else onto
     for start in range(0, len(X_RN), STRIP):
         end = start + STRIP
-        H_RR[start:, start:end] = X_RN[start:] @ X_RN[start:end].T
+        H_RR[start:, start:end].addmm_(X_RN[start:], X_RN[start:end].T)
         H_RR[start:end, end:] = H_RR[end:, start:end].T
     return H_RR
 
@@ -238,7 +253,7 @@ def solve(sums: Sums, lam: float, factor: torch.dtype = torch.float64) -> Solved
     if sums.rows is not None and (sums.n <= sums.prior.width or not lam):
         X_NR, rhs = sums.rows
         white = whitened(sums.prior, X_NR)
-        matrix = white @ white.T
+        matrix = _gram(white.T)
         matrix.diagonal().add_(lam)
     else:
         H_RR, rhs = _fold(sums)

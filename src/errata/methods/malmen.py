@@ -192,8 +192,11 @@ class Malmen(Method):
         """With one round, `solve` of the `rows`, of which only some are in memory at once; from `run.sums`, if these are of the same
         settings. Each further round reads all examples again."""
         state, priors, units, read = self._known(host, run)
-        take = partial(self._pairs, modules=state.config["modules"], ways=state.config["ways"], progress=run.inner)
-        summing = _kept.Summing(take=take, read=read, priors=priors)
+        asked, take = (
+            partial(self._asked, ways=state.config["ways"]),
+            partial(self._taken, modules=state.config["modules"], progress=run.inner),
+        )
+        summing = _kept.Summing(asked=asked, take=take, read=read, priors=priors)
         about = _kept.about(host, "malmen", state.id, self.config | {"held": 0, "caution": 0, "spared": 0})
         # further rounds read everything anyway: then the patch had better not depend on what was built before, not even in its last digits
         own = run if self.rounds == 1 else replace(run, sums=None, keep=forget)
@@ -209,7 +212,7 @@ class Malmen(Method):
             (ops, weights), lam = _keys.inside(host, few, epsilon, lam, solved, run.spread, weights, further=2.0)
             changed = {op.weight.removesuffix(".weight"): _keys.dense(host, op) for op in ops}
             del sums, solved  # else they would lie beside those of the next round
-            sums = _kept.of_parts(host, list(_gradients.some(examples)), replace(summing, take=partial(take, weights=weights)), run)
+            sums = _kept.of_all(host, examples, replace(summing, take=partial(take, weights=weights)), run)
             lost.append(self._worse(host, now, changed, run.spread))
             worse = {m: torch.stack([own[m] for own in lost]).mean(0) for m in lost[-1]}
             solved = partial(_keys.of_sums, host, sums, units, onto=changed, worse=worse, tell=run.tell)
@@ -271,17 +274,7 @@ class Malmen(Method):
     def _batch(self) -> int | None:
         return self.batch_size if self.faithful else None
 
-    def _rows(self, host: Host, examples: tuple[Example, ...], *how: Any, **more: Any) -> tuple[Rows, ...]:
-        """Those of the example's own prompt, and behind them those of its other ways; the rest as in `_parts`."""
-        return tuple(_gradients.joined(host, e, own) for e, own in zip(examples, self._parts(host, examples, *how, **more), strict=True))
-
-    def _pairs(self, host: Host, examples: tuple[Example, ...], **how: Any) -> Pairs:
-        """`_rows` of all examples together."""
-        if self.faithful:  # then what else is in a batch counts
-            return _gradients.together(host, self._rows(host, examples, **how), how["modules"], self._batch())
-        return _gradients.stacked(host, examples, self._parts(host, examples, **how))
-
-    def _parts(
+    def _rows(
         self,
         host: Host,
         examples: tuple[Example, ...],
@@ -290,12 +283,39 @@ class Malmen(Method):
         progress: Progress,
         weights: Weights | None = None,
         spread: Spread = here,
-    ) -> list[list[Pairs]]:
-        """What is taken for each example, for each way in which it is asked."""
+    ) -> tuple[Rows, ...]:
+        """Those of the example's own prompt, and behind them those of its other ways."""
+        asked = self._ways(host, examples, ways)
+        flat, everywhere = [e for own in asked for e in own], self.tokens == "all"
+        found = iter(_gradients.taken(host, flat, modules, self.batch_size, progress, everywhere, weights, spread, self.per_text))
+        return tuple(_gradients.joined(host, e, [next(found) for _ in own]) for e, own in zip(examples, asked, strict=True))
+
+    def _ways(self, host: Host, examples: Sequence[Example], ways: Mapping[str, Sequence[str]]) -> list[list[Example]]:
+        """Each example, and behind it the other ways in which it is asked; where one is too long its own prompt again."""
         asked = [[e, *restatements(e, ways, self.restated)] for e in examples]
-        flat = [e if _meta.fits(host, e.prompt, e) else own[0] for own in asked for e in own]
-        found = iter(_gradients.taken(host, flat, modules, self.batch_size, progress, self.tokens == "all", weights, spread, self.per_text))
-        return [[next(found) for _ in own] for own in asked]
+        return [[e if _meta.fits(host, e.prompt, e) else own[0] for e in own] for own in asked]
+
+    def _asked(self, host: Host, examples: Sequence[Example], ways: Mapping[str, Sequence[str]]) -> list[Example]:
+        return [e for own in self._ways(host, examples, ways) for e in own]
+
+    def _taken(
+        self,
+        host: Host,
+        texts: Sequence[Example],
+        modules: Sequence[str],
+        progress: Progress,
+        weights: Weights | None = None,
+        spread: Spread = here,
+    ) -> Pairs:
+        """The rows of all these texts together."""
+        if self.faithful:  # then what else is in a batch counts
+            rows = self._rows(host, tuple(texts), modules, {}, progress, weights, spread)
+            return _gradients.together(host, rows, modules, self._batch())
+        return _gradients.gathered(host, texts, modules, self.batch_size, progress, self.tokens == "all", weights, spread, self.per_text)
+
+    def _pairs(self, host: Host, examples: tuple[Example, ...], ways: Mapping[str, Sequence[str]], **how: Any) -> Pairs:
+        """`_rows` of all examples together."""
+        return self._taken(host, self._asked(host, examples, ways), **how)
 
     def _metrics(self, host: Host, texts: Sequence[str], modules: Sequence[str]) -> dict[str, Float[Tensor, "V V"]]:
         wide = max(_keys.in_out(host, m)[1] for m in modules)

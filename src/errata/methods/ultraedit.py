@@ -96,13 +96,12 @@ class Ultraedit(Method):
         priors, units, read, state = self._known(host, run)
         about = _kept.about(host, "ultraedit", state.id, self.config | {"held": 0, "lam": 0})
         take = partial(self._pairs, modules=self._modules(host), progress=run.inner)
-        summing = _kept.Summing(take=take, read=read, priors=priors)
+        summing = _kept.Summing(asked=lambda _, given: given, take=take, read=read, priors=priors)
         sums = _kept.of_examples(host, "ultraedit", about, examples, summing, run)
         return self._solved(host, examples, units, sums, run)
 
     def _pairs(self, host: Host, examples: tuple[Example, ...], modules: Sequence[str], progress: Progress) -> Pairs:
-        found = _gradients.taken(host, examples, modules, self.batch_size, progress)
-        return _gradients.stacked(host, examples, [[own] for own in found])
+        return _gradients.gathered(host, examples, modules, self.batch_size, progress)
 
     def _known(self, host: Host, run: Run) -> tuple[dict[str, Prior], dict[str, float], _kept.Read, State]:
         """({module: its prior}, {module: what lam is multiplied with}, what makes keys and differences of rows, the state)."""
