@@ -15,7 +15,7 @@ import torch
 from conftest import CONTEXT, FAMILIES, READERS, TEXT, same_bits, shove, tiny_host, tiny_model, tiny_tokenizer, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_meta import CASES, mend
+from test_meta import CASES, malmen, mend
 from torch import nn
 
 from errata import hosts
@@ -763,6 +763,9 @@ def test_an_edit_of_a_split_model_is_that_of_the_model(whole_and_split: tuple[Ho
     method = Ultraedit(layers="0-1", held=4)
     assert method.edit(split, examples, run).id == method.edit(whole, examples, run).id
     assert mend().prepare(split, CASES, run).id == mend().prepare(whole, CASES, run).id
+    rounds = malmen(rounds=3, tokens="all", held=4)  # with what text has lost, which each further round asks for
+    found = [(state := rounds.prepare(host, CASES, run), rounds.edit(host, examples, replace(run, state=state))) for host in (split, whole)]
+    assert found[0][0].id == found[1][0].id and found[0][1].id == found[1][1].id
 
 
 def test_a_patch_goes_on_where_a_weight_stays_and_is_refused_where_it_does_not(whole_and_split: tuple[Host, Host]) -> None:
