@@ -96,7 +96,7 @@ class Malmen(Method):
     tokens: str = "all"
     per_text: int = 2
     prior: str = "C"
-    restated: int = 1
+    restated: int = 3
     rounds: int = 8
     caution: float = 12.0
     held: int = 500
