@@ -355,6 +355,8 @@ def test_a_row_that_is_not_finite_is_found_among_all(tiny_gpt2: Host, monkeypatc
     monkeypatch.setattr(_gradients, "captured", spoilt)
     with pytest.raises(InvalidPatch, match="NaN"):
         malmen(tokens="all", per_text=1)._rows(tiny_gpt2, EXAMPLES[:2], modules, {}, RUN.progress)
+    with pytest.raises(InvalidPatch, match="NaN"):
+        malmen(tokens="all", per_text=1)._pairs(tiny_gpt2, EXAMPLES[:2], modules=modules, ways={}, progress=RUN.progress)
 
 
 @pytest.mark.parametrize("kind", ["C", "I", "U"])

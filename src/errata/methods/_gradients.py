@@ -34,6 +34,7 @@ AT_ONCE = 256  # examples whose rows are in memory together
 FLOOR = 0.05  # of the root mean square deviation of all coordinates: one that hardly moves would become all that counts
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # {module: ((N, K) keys, (N, V) gradients)}
+Pass = tuple[Pairs, dict[str, list[int]]]  # the rows of some examples, one's behind the other's; of each, how many a module has
 
 
 def rows(
@@ -124,9 +125,6 @@ def gathered(
             for i, own in zip(group, _apart(*found), strict=True):
                 joined(host, examples[i], [own])  # says which
     return {m: (keys_NK.to(host.device), v_NV.to(host.device)) for m, (keys_NK, v_NV) in out.items()}
-
-
-Pass = tuple[Pairs, dict[str, list[int]]]  # the rows of some examples, one's behind the other's; of each, how many a module has
 
 
 def _passes(

@@ -192,10 +192,8 @@ class Malmen(Method):
         """With one round, `solve` of the `rows`, of which only some are in memory at once; from `run.sums`, if these are of the same
         settings. Each further round reads all examples again."""
         state, priors, units, read = self._known(host, run)
-        asked, take = (
-            partial(self._asked, ways=state.config["ways"]),
-            partial(self._taken, modules=state.config["modules"], progress=run.inner),
-        )
+        asked = partial(self._asked, ways=state.config["ways"])
+        take = partial(self._taken, modules=state.config["modules"], progress=run.inner)
         summing = _kept.Summing(asked=asked, take=take, read=read, priors=priors)
         about = _kept.about(host, "malmen", state.id, self.config | {"held": 0, "caution": 0, "spared": 0})
         # further rounds read everything anyway: then the patch had better not depend on what was built before, not even in its last digits
