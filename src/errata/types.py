@@ -1011,7 +1011,7 @@ class Method(ABC):
 
 @runtime_checkable
 class Summed(Protocol):
-    """A Method whose edit, or the first round of it, is `solve(host, rows(host, examples, run), run)`.
+    """A Method whose edit, or the first round of it, is `solve(host, rows(host, examples, run), run)`, up to the rounding of its sums.
 
     `rows` are those of each example, in the order given; `solve` does not see in which order or batch they came.
     """
