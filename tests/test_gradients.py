@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from errata import hooks, hosts
+from errata import apply, hooks, hosts, methods
 from errata.hosts import Host
 from errata.methods import _gradients
 from errata.methods._descend import goal_losses
-from errata.types import Example, Rows
+from errata.types import Example, Rows, Run
 
 EXAMPLES = (
     Example(prompt="The capital of Mauritius is", target=" Port Louis"),
@@ -90,6 +90,59 @@ def test_the_cut_changes_no_gradient(family: str) -> None:
     for module, grad in zip(modules, torch.autograd.grad(-logp, [seen[m] for m in modules]), strict=True):
         assert float(grad.abs().max()) > 1e-4, "or the same would prove nothing"
         torch.testing.assert_close(rows.values[module], grad[0, given - 1 : -1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("everywhere", "per_text"), [(True, 2), (True, 1), (False, 0), (False, 1), (True, 0)])
+def test_the_last_mlp_is_asked_no_more_than_it_has_to_be(
+    family: str, everywhere: bool, per_text: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rows as with all of it, of answers of one token and of several, on every architecture."""
+    host, answers = tiny_host(family), (" Rome", " the sea and the wind", " Rome")
+    if host.kind == "classifier":
+        answers = ("true", "false", "true")
+    prompts = ("What is the capital of Mauritius?", "Who?", "Where, in which of the towns?")
+    batch = hosts.pad(host, [hosts.encode(host, p, a) for p, a in zip(prompts, answers, strict=True)])
+    modules, asked = host.projections(), list[int]()
+    looking_at = hooks.looking_at
+
+    def counted(model: Any, name: str, place_NP: torch.Tensor) -> Any:
+        asked.append(place_NP.shape[1])
+        return looking_at(model, name, place_NP)
+
+    monkeypatch.setattr(hooks, "looking_at", counted)
+    few = _gradients.captured(host, batch, modules, lambda logp_N: -logp_N.sum(), everywhere, None, per_text)
+    most = int(batch.scored_NT.sum(1).max())
+    assert asked == ([max(most, per_text)] if host.last_mlp and (per_text or not everywhere) else [])
+    monkeypatch.setattr(_gradients, "_few_places", lambda *_: None)
+    whole = _gradients.captured(host, batch, modules, lambda logp_N: -logp_N.sum(), everywhere, None, per_text)
+    for m in modules:
+        for a, b in zip(few[m], whole[m], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=m)
+
+
+def test_of_equal_rows_the_last_ones_are_taken_however_long_the_others_are(tiny_gpt2: Host) -> None:
+    """Above the last attention no token but those that predict the answer has a gradient."""
+    (module,) = tiny_gpt2.module_names((tiny_gpt2.layout.mlp_out,), [1])
+    row = hosts.encode(tiny_gpt2, "The capital of Italy is", " a")
+    longer = hosts.encode(tiny_gpt2, "What is the capital of Mauritius? It is, as far as we know,", " Port Louis")
+    alone = _gradients.captured(tiny_gpt2, hosts.pad(tiny_gpt2, [row]), [module], lambda p: -p.sum(), True, None, 2)[module]
+    beside = _gradients.captured(tiny_gpt2, hosts.pad(tiny_gpt2, [row, longer]), [module], lambda p: -p.sum(), True, None, 2)[module]
+    with torch.no_grad(), hooks.reading(tiny_gpt2.model, [module], inputs=True) as seen:
+        hosts.logits(tiny_gpt2, hosts.pad(tiny_gpt2, [row]))
+    scored = len(row[0]) - row[1]
+    last = len(row[0]) - 1
+    assert scored < 2, "or both rows are of the answer"
+    torch.testing.assert_close(alone[0], seen[module][0, last - 2 : last], rtol=1e-4, atol=1e-6)
+    for a, b in zip(alone, beside, strict=True):
+        torch.testing.assert_close(a, b[:2], rtol=1e-4, atol=1e-6)
+
+
+def test_a_patch_that_is_on_sees_all_of_a_text(tiny_gpt2: Host) -> None:
+    batch = hosts.pad(tiny_gpt2, [hosts.encode(tiny_gpt2, "The capital of Italy is", " Rome")])
+    assert _gradients._few_places(tiny_gpt2, batch, True, 2) is not None
+    with apply.applied(tiny_gpt2, methods.make("grace").edit(tiny_gpt2, (EXAMPLES[0],), Run(hold=tuple(TEXT)))):
+        assert _gradients._few_places(tiny_gpt2, batch, True, 2) is None
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])

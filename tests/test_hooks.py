@@ -189,6 +189,22 @@ def test_skipping_ends_when_the_body_raises(tiny_gpt2: Host) -> None:
     assert "forward" not in tiny_gpt2.model.get_submodule("transformer.h.0").__dict__
 
 
+@every_family
+def test_what_predicts_an_answer_needs_the_last_mlp_nowhere_else(host: Host) -> None:
+    whole = says(host)
+    if host.last_mlp is None:  # where it is no module of its own
+        assert host.layout.senses or "." not in host.layout.mlp_out
+        return
+    places = torch.arange(whole.shape[1]).flip(0)[:2].sort().values.expand(len(whole), 2)
+    with torch.no_grad(), hooks.looking_at(host.model, host.last_mlp, places), hooks.reading(host.model, [host.last_mlp], True) as into:
+        with hooks.reading(host.model, [f"{host.last_mlp}.{host.layout.mlp_out.rpartition('.')[2]}"]) as out:
+            few = says(host)
+    torch.testing.assert_close(few[:, -2:], whole[:, -2:], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(few[:, :-2], whole[:, :-2], rtol=1e-4, atol=1e-5)
+    assert {x.shape[1] for x in (*into.values(), *out.values())} == {2}
+    assert torch.equal(says(host), whole) and hook_count(host.model) == 0
+
+
 @pytest.mark.parametrize("inputs", [False, True])
 def test_reading_stops_when_everything_was_seen(tiny_gpt2: Host, inputs: bool) -> None:
     names = ["transformer.h.0.mlp.c_proj", "transformer.h.1.attn"]

@@ -130,6 +130,26 @@ def skipping(model: nn.Module, names: Sequence[str], output: object) -> Iterator
 
 
 @contextmanager
+def looking_at(model: nn.Module, name: str, place_NP: Tensor) -> Iterator[None]:
+    """Inside the block the named module, which takes each token by itself, sees (N, P) places of the texts alone, (N, P, D) of (N, T, D),
+    and gives zeros elsewhere."""
+    lengths: list[int] = []
+
+    def pick(_module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x_NTD, *others = given
+        lengths.append(x_NTD.shape[1])
+        return x_NTD.take_along_dim(place_NP.to(x_NTD.device).unsqueeze(-1), dim=1), *others
+
+    def put(_module: nn.Module, _given: object, y_NPD: Tensor) -> Tensor:
+        out_NTD = y_NPD.new_zeros(len(y_NPD), lengths.pop(), y_NPD.shape[-1])
+        return out_NTD.scatter(1, place_NP.to(y_NPD.device).unsqueeze(-1).expand_as(y_NPD), y_NPD)
+
+    looked_at = module(model, name)
+    with _held([looked_at.register_forward_pre_hook(pick), looked_at.register_forward_hook(put)]):
+        yield
+
+
+@contextmanager
 def changing(model: nn.Module, changes: Mapping[str, Callable[[Tensor, Tensor], Tensor]]) -> Iterator[None]:
     """Inside the block, the output of each named module, (N, T, D), is replaced by `changes[name](input, output)`."""
     modules = {name: module(model, name) for name in changes}  # all found before the first hook is set

@@ -329,6 +329,14 @@ class Host:
         """Full names of block parts, e.g. `module_names(host.layout.mlp_in)`, in all blocks or those listed."""
         return [f"{self.layout.blocks}.{i}.{part}" for i in (range(self.blocks) if layers is None else layers) for part in parts]
 
+    @property
+    def last_mlp(self) -> str | None:
+        """The last block's MLP, which takes each token by itself, and what it gives counts where an answer is predicted alone. None where
+        it is no module of its own, or where other tokens count behind it (a Backpack's)."""
+        found = {part.rpartition(".")[0] for part in (*self.layout.mlp_in, self.layout.mlp_out)}
+        own = found.pop() if len(found) == 1 and not self.layout.senses else ""
+        return self.module_names([own], [self.blocks - 1])[0] if own else None
+
     def stacks(self) -> list[tuple[Layout, int]]:
         """(layout, number of blocks) of each stack, in the order in which a text goes through them."""
         row = self.layout

@@ -937,7 +937,7 @@ class Run:
     keep       gets what a long `prepare` has so far, from time to time: an unfinished State, with which as `state` it goes on after a kill;
                and what an edit that is a sum has come to, as a State, which as `sums` makes the next one read only what has changed
     progress   wraps a loop: (items, label, total) -> the same items
-    tell       gets numbers about how the patch is made, by name; "condition", of the matrix of each solve on the way (`_normal.condition`)
+    tell       gets numbers about how the patch is made, by name; "condition", of the matrix of each solve on the way (`_normal.Solved`)
     spread     maps over shards, here or on the workers of `engine.py`: `begin`, the shards and what they share must be such as can be
                pickled, and whoever adds the results up does so in the order of the shards, so that it is to the bit the same wherever they
                were made

@@ -12,17 +12,18 @@ and the head runs at the answers alone.
 Unlike malmen@1df295d nothing goes through a disk, and the statistics of rows are merged exactly (there: a streamed deviation that is 11 to
 13 % too large with four rows at a time, and NaN for good after a single one).
 
-File legend: N rows, T tokens, Q scored tokens, K key width, V value width, W width of what is counted, E examples.
+File legend: N rows, T tokens, Q scored tokens, P places, K key width, V value width, W width of what is counted, E examples.
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from errata import hooks, hosts
@@ -120,7 +121,7 @@ def gathered(
     passes = list(_passes(host, examples, modules, batch_size, progress, everywhere, weights, spread, per_text))
     parts = [pairs for _, (pairs, _) in passes]
     out = {m: (torch.cat([own[m][0] for own in parts]), torch.cat([own[m][1] for own in parts])) for m in modules}
-    if not all(bool(rows_.isfinite().all()) for both in out.values() for rows_ in both):
+    if not all(bool(rows_.sum().isfinite()) for both in out.values() for rows_ in both):  # or the sum is too large: then none is found
         for group, found in passes:
             for i, own in zip(group, _apart(*found), strict=True):
                 joined(host, examples[i], [own])  # says which
@@ -229,6 +230,7 @@ def captured(
 ) -> dict[str, tuple[Float[Tensor, "Q K"], Float[Tensor, "Q V"]]]:
     """{module: (k, v)} where rows are taken, see `taken`, text after text. `loss` is a function of log p of each text's scored tokens."""
     outputs: dict[str, Tensor] = {}
+    few = _few_places(host, batch, everywhere, per_text)
 
     def turned(module: str, y_NTV: Tensor) -> Tensor:
         # the first one that is reached is where the graph begins
@@ -236,11 +238,13 @@ def captured(
         return outputs[module]
 
     still = {name: weight.detach() for name, weight in host.model.named_parameters()} | (weights or {})  # they ask for no gradient
-    with torch.enable_grad(), hooks.reading(host.model, modules, inputs=True) as keys:
+    looking = hooks.looking_at(host.model, *few) if few else nullcontext()
+    with torch.enable_grad(), looking, hooks.reading(host.model, modules, inputs=True) as keys:
         with hooks.shifting(host.model, {module: partial(turned, module) for module in modules}):
             logp_NT = hosts.scored_logprobs(host, batch, still)
         found = torch.autograd.grad(loss(logp_NT.sum(1)), [outputs[module] for module in modules])
     where = {m: at(host, batch, m, everywhere) for m in modules}
+    where |= {m: where[m].gather(1, few[1]) for m in modules if few and m.startswith(f"{few[0]}.")}
     # of a model that is split each module may be on a device of its own
     there = {m: (keys[m].detach().to(host.device), v.to(host.device)) for m, v in zip(modules, found, strict=True)}
     if per_text:
@@ -248,11 +252,27 @@ def captured(
     return {m: (k[where[m]], v[where[m]]) for m, (k, v) in there.items()}
 
 
+def _few_places(host: Host, batch: Batch, everywhere: bool, per_text: int) -> tuple[str, Int[Tensor, "N P"]] | None:
+    """(the last MLP, the places of each text at which it has to be asked): those that predict an answer and, where these are fewer than
+    `per_text`, the last ones before them, as many in each text. None where all rows are wanted, or where a patch that is on may ask where a
+    token stands. For a small model that is a twelfth of a pass."""
+    if host.last_mlp is None or host.worn or (everywhere and not per_text):
+        return None
+    answers_NT = at(host, batch, host.last_mlp, everywhere=False)
+    n = max(per_text, int(answers_NT.sum(1).max()))
+    return host.last_mlp, _last(answers_NT.float() + at(host, batch, host.last_mlp, everywhere), n).sort(dim=1).values
+
+
+def _last(value_NT: Float[Tensor, "N T"], n: int) -> Int[Tensor, "N n"]:
+    """Where the `n` largest of each row are; of equal ones the last, however long the others' rows are."""
+    order_NT = value_NT.flip(1).sort(dim=1, descending=True, stable=True).indices
+    return value_NT.shape[1] - 1 - order_NT[:, :n]
+
+
 def _longest(where_NT: Bool[Tensor, "N T"], v_NTV: Float[Tensor, "N T V"], n: int) -> Bool[Tensor, "N T"]:
     """Of each text's places the `n` with the longest gradients. One that is not finite counts as the longest, so that it is found."""
     length_NT = v_NTV.norm(dim=-1).masked_fill(~where_NT, -1.0)
-    top_Nn = length_NT.topk(min(n, length_NT.shape[1]), dim=1).indices
-    return torch.zeros_like(where_NT).scatter(1, top_Nn, True) & where_NT
+    return torch.zeros_like(where_NT).scatter(1, _last(length_NT, n), True) & where_NT
 
 
 def of_text(host: Host, texts: Sequence[str], modules: Sequence[str], tokens: int) -> dict[str, tuple["Moments", "Moments"]]:

@@ -243,7 +243,7 @@ def gains_under(prior: Prior, K_KP: Float[Tensor, "K P"], lam: float, tell: Tell
     """(P, K) the rows g with Delta = R g, for any prior of the sums. Raises InvalidExample."""
     keys_PK = K_KP.T
     solved = _normal.solve(_normal.of(prior, keys_PK, keys_PK.new_zeros(len(keys_PK), 0), keep=True), lam)
-    tell("condition", _normal.condition(solved))
+    tell("condition", solved.condition)
     return _normal.gains(solved)
 
 
@@ -329,7 +329,7 @@ def of_sums(
     factors, shifts, back = dict[str, AddLowRank](), dict[str, Tensor](), dict[str, Tensor]()
     for module, total in sums.items():
         solved = _normal.solve(total, lam * units[module])
-        tell("condition", _normal.condition(solved))
+        tell("condition", solved.condition)
         shifts[module] = S_KV = solved.shift
         if module in worse:
             back[module] = _normal.answer(solved, worse[module])

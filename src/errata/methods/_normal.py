@@ -14,9 +14,11 @@ P = C or I, in one of two forms, the smaller of which is taken:
 Rows are whitened in the dual alone, z = L^-1 x with P = L L^T: the primal, which is for many rows, takes them as they are.
 
 Adding rows adds to the sums, taking an example back subtracts what its rows added, and the sums of two workers or teams merge by adding.
-Memory does not grow with the rows: once they are as many as the coordinates are wide they are dropped, unless they are asked to be kept.
+Memory does not grow with the rows: once there are enough of them that the primal costs less they are dropped, unless they are asked to be
+kept. Of H, and of what it becomes, the half above the diagonal counts, and no other is made.
 The sums are in float64, for a solve in float32 loses three digits and more where keys are alike. The factor may be float32, which is half
-the memory and on many devices a fraction of the time: one step of refinement, with a residual in float64, gives the digits back.
+the memory and on many devices a fraction of the time. Where the condition takes digits that count, one step of refinement, with a residual
+in float64, gives them back.
 
 File legend: N rows, K key (module input) width, R width of the coordinates, V value width, M the smaller of N and R.
 """
@@ -30,7 +32,10 @@ from torch import Tensor
 
 from errata.types import InvalidExample
 
-STRIP = 128  # columns of H that are summed at once
+STRIP = 256  # rows of H that are summed at once
+FEW = 0.75  # rows to each coordinate with which whitening them, and the rest of the dual, costs as much as the primal
+BESIDE = 8  # see `_factored`
+LOSS = 1e-8  # of a solution, that rounding may cost: what is made of it is kept in float32
 
 # ------------------------------------------------------------------------------------------------------------------------------ priors
 
@@ -63,15 +68,21 @@ class Whitened:
         return len(self.L_KK)
 
     @property
+    def half_KK(self) -> Float[Tensor, "K K"]:
+        """C above its diagonal."""
+        return _gram(self.L_KK.tril().T) if self.upper_KK is None else self.upper_KK
+
+    @property
+    def diagonal_K(self) -> Float[Tensor, "K"]:
+        """The diagonal of C."""
+        length_K: Tensor = torch.linalg.vector_norm(self.L_KK.tril(), dim=1)
+        return length_K.square()
+
+    @property
     def P_KK(self) -> Float[Tensor, "K K"]:
         """C, made anew. Where rows are few nobody asks for it."""
-        L_KK = self.L_KK.tril()
-        if self.upper_KK is None:
-            return _gram(L_KK.T)
-        diagonal_K = L_KK.square_().sum(1)
-        P_KK = self.upper_KK.triu(1)
-        P_KK += P_KK.T.clone()
-        P_KK.diagonal().copy_(diagonal_K)
+        P_KK = _mirrored(self.half_KK)
+        P_KK.diagonal().copy_(self.diagonal_K)
         return P_KK
 
     def into(self, keys_NK: Float[Tensor, "N K"]) -> Float[Tensor, "N R"]:
@@ -119,12 +130,14 @@ def _coloured(prior: Prior, S_RV: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
 
 
 def _stiffened(prior: Prior, H_RR: Float[Tensor, "R R"], lam: float) -> Float[Tensor, "R R"]:
-    """H + lam P."""
-    if isinstance(prior, Whitened):
-        return prior.P_KK.mul_(lam).add_(H_RR)
-    matrix_RR = H_RR.clone()
-    matrix_RR.diagonal().add_(lam)
-    return matrix_RR
+    """H + lam P, on and above the diagonal."""
+    if not isinstance(prior, Whitened):
+        half_RR = H_RR.clone()
+        half_RR.diagonal().add_(lam)
+        return half_RR
+    half_RR = torch.add(H_RR, prior.half_KK, alpha=lam)
+    half_RR.diagonal().copy_(H_RR.diagonal() + lam * prior.diagonal_K)
+    return half_RR
 
 
 # -------------------------------------------------------------------------------------------------------------------------------- sums
@@ -133,7 +146,8 @@ def _stiffened(prior: Prior, H_RR: Float[Tensor, "R R"], lam: float) -> Float[Te
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sums:
-    """What `n` rows (x, d) come to under one prior: `rows` = (X, D) while they are kept, `folded` = (H, B) once they are not.
+    """What `n` rows (x, d) come to under one prior: `rows` = (X, D) while they are kept, `folded` = (H, B) once they are not, with H on and
+    above its diagonal.
 
     `keep`: the rows stay, however many they are. Make one with `of`; a sum is a value, `merged` and `without` give new ones.
     """
@@ -165,13 +179,14 @@ def merged(a: Sums, b: Sums) -> Sums:
 
 def grown(sums: Sums, keys_NK: Float[Tensor, "N K"], d_NV: Float[Tensor, "N V"]) -> Sums:
     """The sums with these rows too, as `merged`; what is folded grows where it is, so `sums` are not to be used any more."""
-    if sums.folded is None:
+    n = sums.n + len(keys_NK)
+    if sums.rows is not None and (sums.keep or _few(sums.prior, n)):
         return merged(sums, of(sums.prior, keys_NK, d_NV))
-    H_RR, B_RV = sums.folded
+    H_RR, B_RV = _fold(sums)
     X_NR = sums.prior.into(keys_NK.double())
     _gram(X_NR, onto=H_RR)
     B_RV.addmm_(X_NR.T, d_NV.double())
-    return replace(sums, n=sums.n + len(X_NR))
+    return replace(sums, n=n, rows=None, folded=(H_RR, B_RV))
 
 
 def without(sums: Sums, keys_NK: Float[Tensor, "N K"], d_NV: Float[Tensor, "N V"]) -> Sums:
@@ -187,8 +202,13 @@ def without(sums: Sums, keys_NK: Float[Tensor, "N K"], d_NV: Float[Tensor, "N V"
 
 
 def _settled(sums: Sums) -> Sums:
-    """Rows that are no longer fewer than the coordinates are wide become their sums."""
-    return sums if sums.keep or sums.n < sums.prior.width else replace(sums, rows=None, folded=_fold(sums))
+    """Rows that are no longer few become their sums."""
+    return sums if sums.keep or _few(sums.prior, sums.n) else replace(sums, rows=None, folded=_fold(sums))
+
+
+def _few(prior: Prior, n: int) -> bool:
+    """Whether with so many rows the dual costs less."""
+    return n < prior.width * (FEW if isinstance(prior, Whitened) else 1.0)
 
 
 def _fold(sums: Sums) -> tuple[Float[Tensor, "R R"], Float[Tensor, "R V"]]:
@@ -200,14 +220,17 @@ def _fold(sums: Sums) -> tuple[Float[Tensor, "R R"], Float[Tensor, "R V"]]:
 
 
 def _gram(X_NR: Float[Tensor, "N R"], onto: Float[Tensor, "R R"] | None = None) -> Float[Tensor, "R R"]:
-    """X^T X, `onto` what is there. A strip at a time from the diagonal on, the rest is its mirror: little more than half of the work."""
-    X_RN = X_NR.T.contiguous()
-    H_RR = X_NR.new_zeros(len(X_RN), len(X_RN)) if onto is None else onto
-    for start in range(0, len(X_RN), STRIP):
+    """X^T X on and above its diagonal, `onto` what is there; a strip at a time, which is little more than half of the work."""
+    H_RR = X_NR.new_zeros(X_NR.shape[1], X_NR.shape[1]) if onto is None else onto
+    for start in range(0, len(H_RR), STRIP):
         end = start + STRIP
-        H_RR[start:, start:end].addmm_(X_RN[start:], X_RN[start:end].T)
-        H_RR[start:end, end:] = H_RR[end:, start:end].T
+        H_RR[start:end, start:].addmm_(X_NR[:, start:end].T, X_NR[:, start:])
     return H_RR
+
+
+def _mirrored(half_MM: Float[Tensor, "M M"]) -> Float[Tensor, "M M"]:
+    """The symmetric matrix of which this is what is on and above the diagonal."""
+    return half_MM.triu() + half_MM.triu(1).T
 
 
 def _alike(a: Prior, b: Prior) -> bool:
@@ -226,14 +249,15 @@ def _alike(a: Prior, b: Prior) -> bool:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Solved:
-    """The smaller matrix, its lower factor, and the solution: S' or, in the dual, where `white` are the whitened rows Z, what Z^T makes it
-    of."""
+    """The smaller matrix, on and above its diagonal, its upper factor U, for U^T U is the matrix, and the solution: S' or, in the dual,
+    where `white` are the whitened rows Z, what Z^T makes it of. `condition`: see `_condition`."""
 
     sums: Sums
     lam: float
     white: Float[Tensor, "N R"] | None
-    matrix_MM: Float[Tensor, "M M"]
-    L_MM: Float[Tensor, "M M"]
+    half_MM: Float[Tensor, "M M"]
+    U_MM: Float[Tensor, "M M"]
+    condition: float
     y_MV: Float[Tensor, "M V"]
 
     @property
@@ -250,40 +274,55 @@ def solve(sums: Sums, lam: float, factor: torch.dtype = torch.float64) -> Solved
     Raises InvalidExample where there is no such solution, for a row follows from the others.
     """
     white = None
-    if sums.rows is not None and (sums.n <= sums.prior.width or not lam):
+    if sums.rows is not None and (_few(sums.prior, sums.n) or not lam):
         X_NR, rhs = sums.rows
         white = whitened(sums.prior, X_NR)
-        matrix = _gram(white.T)
-        matrix.diagonal().add_(lam)
+        half = _gram(white.T)
+        half.diagonal().add_(lam)
     else:
         H_RR, rhs = _fold(sums)
-        matrix = _stiffened(sums.prior, H_RR, lam)
-    L_MM, wrong = torch.linalg.cholesky_ex(matrix.to(factor))
-    pivots_M = L_MM.diagonal()
-    if int(wrong) or (not lam and float(pivots_M.min()) < 1e-6 * float(pivots_M.max())):
+        half = _stiffened(sums.prior, H_RR, lam)
+    U_MM, failed = _factored(half.to(factor))
+    pivots_M = U_MM.diagonal()
+    if failed or (not lam and float(pivots_M.min()) < 1e-6 * float(pivots_M.max())):
         raise InvalidExample(
             f"Of the keys of {sums.n} examples one follows from the others, so no change gives each its own value. "
             f"Leave one of them out, or give the method some slack."
         )
-    bare = Solved(sums=sums, lam=lam, white=white, matrix_MM=matrix, L_MM=L_MM, y_MV=rhs)
-    return replace(bare, y_MV=_refined(bare, rhs))
+    bare = Solved(sums=sums, lam=lam, white=white, half_MM=half, U_MM=U_MM, condition=_condition(half, U_MM), y_MV=rhs)
+    return replace(bare, y_MV=_answered(bare, rhs))
 
 
-def _refined(solved: Solved, rhs_MV: Float[Tensor, "M V"]) -> Float[Tensor, "M V"]:
-    """Matrix^-1 rhs, with one step of refinement (Wilkinson 1963)."""
-    y_MV = _by_factor(solved, rhs_MV)
-    return y_MV + _by_factor(solved, rhs_MV - solved.matrix_MM @ y_MV)
+def _factored(half_MM: Float[Tensor, "M M"]) -> tuple[Float[Tensor, "M M"], bool]:
+    """(U, whether there is none). The matrix is made a little wider, for U is written in columns, which is slow where they are a power of
+    two apart: on a CPU 24 ms if it is 1,024 wide, 9 ms if it is 1,032."""
+    size = len(half_MM)
+    wider = torch.eye(size + BESIDE, dtype=half_MM.dtype, device=half_MM.device)
+    wider[:size, :size] = half_MM
+    U, wrong = torch.linalg.cholesky_ex(wider, upper=True)
+    return U[:size, :size].T.contiguous().T, bool(wrong)  # else each solve would copy it
 
 
-def _by_factor(solved: Solved, rhs_MV: Float[Tensor, "M V"]) -> Float[Tensor, "M V"]:
-    return torch.cholesky_solve(rhs_MV.to(solved.L_MM.dtype).contiguous(), solved.L_MM).double()
+def _answered(solved: Solved, rhs_MV: Float[Tensor, "M V"]) -> Float[Tensor, "M V"]:
+    """Matrix^-1 rhs, with one step of refinement (Wilkinson 1963) where it gives digits that count."""
+    y_MV = _by_factor(solved.U_MM, rhs_MV)
+    if solved.condition * torch.finfo(solved.U_MM.dtype).eps < LOSS:
+        return y_MV
+    return y_MV + _by_factor(solved.U_MM, rhs_MV - _mirrored(solved.half_MM) @ y_MV)
+
+
+def _by_factor(U_MM: Float[Tensor, "M M"], rhs_MV: Float[Tensor, "M V"]) -> Float[Tensor, "M V"]:
+    # not cholesky_solve, which copies the factor
+    half_MV = torch.linalg.solve_triangular(U_MM.T, rhs_MV.to(U_MM.dtype), upper=False)
+    y_MV: Tensor = torch.linalg.solve_triangular(U_MM, half_MV, upper=True)
+    return y_MV.double()
 
 
 def gains(solved: Solved) -> Float[Tensor, "N K"]:
     """(N, K) the rows g with S = sum_i g_i d_i^T, whatever the differences are: for rows that are still there."""
     assert solved.sums.rows is not None, "the gains of rows need the rows"
     prior, (X_NR, _) = solved.sums.prior, solved.sums.rows
-    Y_RN = _refined(solved, X_NR.T) if solved.white is None else _coloured(prior, _refined(solved, solved.white).T)
+    Y_RN = _answered(solved, X_NR.T) if solved.white is None else _coloured(prior, _answered(solved, solved.white).T)
     return prior.back(Y_RN).T.contiguous()
 
 
@@ -292,9 +331,9 @@ def answer(solved: Solved, rhs_KV: Float[Tensor, "K V"]) -> Float[Tensor, "K V"]
     prior = solved.sums.prior
     R_RV = prior.into(rhs_KV.double().T).T
     if solved.white is None:
-        return prior.back(_refined(solved, R_RV))
+        return prior.back(_answered(solved, R_RV))
     Y_RV = whitened(prior, R_RV.T).T
-    Y_RV = (Y_RV - solved.white.T @ _refined(solved, solved.white @ Y_RV)) / solved.lam  # Woodbury
+    Y_RV = (Y_RV - solved.white.T @ _answered(solved, solved.white @ Y_RV)) / solved.lam  # Woodbury
     return prior.back(_coloured(prior, Y_RV))
 
 
@@ -311,9 +350,9 @@ def backward(
     G_RV = prior.into(grad_KV.double().T).T
     if solved.white is not None:
         assert keys_NK is None, "rows that are still there need no keys"
-        grad_NV = _refined(solved, solved.white @ whitened(prior, G_RV.T).T)
+        grad_NV = _answered(solved, solved.white @ whitened(prior, G_RV.T).T)
         return grad_NV, -solved.lam * (grad_NV * solved.y_MV).sum()
-    A_RV = _refined(solved, G_RV)
+    A_RV = _answered(solved, G_RV)
     if keys_NK is not None:
         X_NR = prior.into(keys_NK.double())
     else:
@@ -323,18 +362,23 @@ def backward(
     return X_NR @ A_RV, -solved.lam * (A_RV * stiff_RV).sum()
 
 
-def condition(solved: Solved) -> float:
+def _condition(half_MM: Float[Tensor, "M M"], U_MM: Float[Tensor, "M M"]) -> float:
     """An estimate, from below, of the condition number of the factored matrix in the 1-norm (Hager 1984; Higham 1988, algorithm 4.1)."""
-    size = len(solved.L_MM)
-    x_M1 = solved.L_MM.new_full((size, 1), 1 / size)
+    size = len(U_MM)
+    x_M1 = U_MM.new_full((size, 1), 1 / size)
     best = 0.0
     for _ in range(5):
-        y_M1 = torch.cholesky_solve(x_M1, solved.L_MM)
-        z_M1 = torch.cholesky_solve(torch.where(y_M1 < 0, -1.0, 1.0).to(y_M1.dtype), solved.L_MM)
+        y_M1 = _by_factor(U_MM, x_M1)
+        z_M1 = _by_factor(U_MM, torch.where(y_M1 < 0, -1.0, 1.0))
         best = max(best, float(y_M1.abs().sum()))
         j = int(z_M1.abs().argmax())
         if float(z_M1[j].abs()) <= float((z_M1 * x_M1).sum()):
             break
         x_M1 = torch.zeros_like(x_M1)
         x_M1[j] = 1.0
-    return best * float(solved.matrix_MM.abs().sum(0).max())
+    sums_M = torch.zeros_like(half_MM[0])
+    for start in range(0, size, STRIP):
+        strip_SM = half_MM[start : start + STRIP, start:].abs()
+        sums_M[start:] += strip_SM.triu_().sum(0)
+        sums_M[start : start + STRIP] += strip_SM.triu_(1).sum(1)
+    return best * float(sums_M.max())

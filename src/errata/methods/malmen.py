@@ -41,7 +41,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, final
 
 import torch
@@ -104,7 +104,7 @@ class Malmen(Method):
     ridge: float = 1e-3
     per_key: int = 16
     chunk: int = 1024
-    rank: int = 256
+    rank: int = 64
     lam: float = 0.1
     share: float = 0.15
     steps: int = 240
@@ -388,7 +388,13 @@ def phrasings(host: Host, examples: Sequence[Example], documents: Sequence[str],
 def restatements(e: Example, ways: Mapping[str, Sequence[str]], n: int) -> list[Example]:
     """The example asked in up to `n` other ways; none if it is of no known kind. It depends on no other example."""
     for kind in sorted(ways, key=len, reverse=True):  # the one that says most
-        first, *rest = (re.escape(part) for part in kind.split(SLOT))
-        if rest and (found := re.fullmatch(first + "(.+?)" + r"\1".join(rest), e.prompt)):
+        if found := _of_kind(kind).fullmatch(e.prompt):
             return [replace(e, prompt=way.replace(SLOT, found[1]), subject=None) for way in ways[kind][:n]]
     return []
+
+
+@cache
+def _of_kind(kind: str) -> re.Pattern[str]:
+    """What finds a prompt's topic; nothing where a kind has no place for it."""
+    first, *rest = (re.escape(part) for part in kind.split(SLOT))
+    return re.compile(first + "(.+?)" + r"\1".join(rest) if rest else "(?!)")
