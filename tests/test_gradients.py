@@ -121,21 +121,21 @@ def test_the_last_mlp_is_asked_no_more_than_it_has_to_be(
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=m)
 
 
-def test_of_equal_rows_the_last_ones_are_taken_however_long_the_others_are(tiny_gpt2: Host) -> None:
+def test_of_equal_rows_those_in_the_middle_are_taken_whatever_else_is_in_the_batch(tiny_gpt2: Host) -> None:
     """Above the last attention no token but those that predict the answer has a gradient."""
     (module,) = tiny_gpt2.module_names((tiny_gpt2.layout.mlp_out,), [1])
     row = hosts.encode(tiny_gpt2, "The capital of Italy is", " a")
     longer = hosts.encode(tiny_gpt2, "What is the capital of Mauritius? It is, as far as we know,", " Port Louis")
-    alone = _gradients.captured(tiny_gpt2, hosts.pad(tiny_gpt2, [row]), [module], lambda p: -p.sum(), True, None, 2)[module]
-    beside = _gradients.captured(tiny_gpt2, hosts.pad(tiny_gpt2, [row, longer]), [module], lambda p: -p.sum(), True, None, 2)[module]
+    n = len(row[0]) - 1  # places that predict something
+    assert n == row[1], "or more than one row is of the answer"
     with torch.no_grad(), hooks.reading(tiny_gpt2.model, [module], inputs=True) as seen:
         hosts.logits(tiny_gpt2, hosts.pad(tiny_gpt2, [row]))
-    scored = len(row[0]) - row[1]
-    last = len(row[0]) - 1
-    assert scored < 2, "or both rows are of the answer"
-    torch.testing.assert_close(alone[0], seen[module][0, last - 2 : last], rtol=1e-4, atol=1e-6)
-    for a, b in zip(alone, beside, strict=True):
-        torch.testing.assert_close(a, b[:2], rtol=1e-4, atol=1e-6)
+    wanted = seen[module][0, [n // 2, n // 2 - 1, n - 1]]
+    for per_text, order in ((2, [0, 2]), (3, [1, 0, 2])):
+        for rows in ([row], [row, longer]):
+            keys, v = _gradients.captured(tiny_gpt2, hosts.pad(tiny_gpt2, rows), [module], lambda p: -p.sum(), True, None, per_text)[module]
+            torch.testing.assert_close(keys[:per_text], wanted[order], rtol=1e-4, atol=1e-6)
+            assert not v[: per_text - 1].any() and bool(v[per_text - 1].any())
 
 
 def test_a_patch_that_is_on_sees_all_of_a_text(tiny_gpt2: Host) -> None:

@@ -243,36 +243,49 @@ def captured(
         with hooks.shifting(host.model, {module: partial(turned, module) for module in modules}):
             logp_NT = hosts.scored_logprobs(host, batch, still)
         found = torch.autograd.grad(loss(logp_NT.sum(1)), [outputs[module] for module in modules])
-    where = {m: at(host, batch, m, everywhere) for m in modules}
-    where |= {m: where[m].gather(1, few[1]) for m in modules if few and m.startswith(f"{few[0]}.")}
     # of a model that is split each module may be on a device of its own
     there = {m: (keys[m].detach().to(host.device), v.to(host.device)) for m, v in zip(modules, found, strict=True)}
-    if per_text:
-        where = {m: _longest(where[m], v, per_text) for m, (_, v) in there.items()}
+
+    def places(module: str) -> Bool[Tensor, "N T"]:
+        where_NT = at(host, batch, module, everywhere)
+        asked = few[1] if few and module.startswith(f"{few[0]}.") else None
+        if not per_text:
+            return where_NT if asked is None else where_NT.gather(1, asked)
+        ranked_NT = _ranked(where_NT) if asked is None else _ranked(where_NT).gather(1, asked)
+        return _longest(ranked_NT, there[module][1].norm(dim=-1), per_text)
+
+    where = {m: places(m) for m in modules}
     return {m: (k[where[m]], v[where[m]]) for m, (k, v) in there.items()}
 
 
 def _few_places(host: Host, batch: Batch, everywhere: bool, per_text: int) -> tuple[str, Int[Tensor, "N P"]] | None:
-    """(the last MLP, the places of each text at which it has to be asked): those that predict an answer and, where these are fewer than
-    `per_text`, the last ones before them, as many in each text. None where all rows are wanted, or where a patch that is on may ask where a
-    token stands. For a small model that is a twelfth of a pass."""
+    """(the last MLP, the places of each text at which it has to be asked): those that predict an answer and, where they are fewer than
+    `per_text`, those that `_longest` adds. None where all rows are wanted, or where a patch that is on may ask where a token stands. For a
+    small model that saves a twelfth of a pass."""
     if host.last_mlp is None or host.worn or (everywhere and not per_text):
         return None
     answers_NT = at(host, batch, host.last_mlp, everywhere=False)
-    n = max(per_text, int(answers_NT.sum(1).max()))
-    return host.last_mlp, _last(answers_NT.float() + at(host, batch, host.last_mlp, everywhere), n).sort(dim=1).values
+    n = min(max(per_text, int(answers_NT.sum(1).max())), answers_NT.shape[1])
+    chosen_NT = _longest(_ranked(at(host, batch, host.last_mlp, everywhere)), answers_NT.float(), n)
+    # as many in each text: where one has no more, any others
+    return host.last_mlp, chosen_NT.int().topk(n, dim=1).indices.sort(dim=1).values
 
 
-def _last(value_NT: Float[Tensor, "N T"], n: int) -> Int[Tensor, "N n"]:
-    """Where the `n` largest of each row are; of equal ones the last, however long the others' rows are."""
-    order_NT = value_NT.flip(1).sort(dim=1, descending=True, stable=True).indices
-    return value_NT.shape[1] - 1 - order_NT[:, :n]
+def _ranked(where_NT: Bool[Tensor, "N T"]) -> Float[Tensor, "N T"]:
+    """The places, the nearer the middle of its text the higher; -1 elsewhere."""
+    T = where_NT.shape[1]
+    off_NT = (torch.arange(T, device=where_NT.device) - where_NT.sum(1, keepdim=True) // 2).abs()
+    return torch.where(where_NT, -off_NT / T, -1.0)
 
 
-def _longest(where_NT: Bool[Tensor, "N T"], v_NTV: Float[Tensor, "N T V"], n: int) -> Bool[Tensor, "N T"]:
-    """Of each text's places the `n` with the longest gradients. One that is not finite counts as the longest, so that it is found."""
-    length_NT = v_NTV.norm(dim=-1).masked_fill(~where_NT, -1.0)
-    return torch.zeros_like(where_NT).scatter(1, _last(length_NT, n), True) & where_NT
+def _longest(ranked_NT: Float[Tensor, "N T"], length_NT: Float[Tensor, "N T"], n: int) -> Bool[Tensor, "N T"]:
+    """The `n` places of each text whose gradients are longest. Above the last attention those of all tokens are nothing but of those that
+    predict, and their rows say that a key is to give what it gives: then it is the places nearest the middle, where a subject usually is,
+    whatever else is in the batch. A gradient that is not finite counts as the longest, so that it is found."""
+    where_NT = ranked_NT > -1
+    value_NT = torch.where((length_NT != 0) & where_NT, length_NT, ranked_NT)
+    first_Nn = value_NT.sort(dim=1, descending=True, stable=True).indices[:, :n]
+    return torch.zeros_like(where_NT).scatter(1, first_Nn, True) & where_NT
 
 
 def of_text(host: Host, texts: Sequence[str], modules: Sequence[str], tokens: int) -> dict[str, tuple["Moments", "Moments"]]:
