@@ -262,6 +262,16 @@ def test_a_step_of_refinement_is_taken_where_the_condition_costs_digits(n: int, 
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize("size", [255, 256, 512])
+def test_a_wide_matrix_is_factored_as_a_narrow_one(size: int) -> None:
+    X = randn(size + 50, size)
+    H = X.T @ X
+    U, failed = _normal._factored(H.triu())
+    torch.testing.assert_close(U.T @ U, H, rtol=1e-9, atol=1e-9)
+    assert not failed and torch.equal(U, U.triu())
+    assert _normal._factored(H.triu() - 2 * float(H.trace()) * torch.eye(size).double())[1]
+
+
 def test_of_a_sum_what_is_below_the_diagonal_does_not_count() -> None:
     keys, d = randn(30, K), randn(30, V, seed=1)
     for kind in PRIORS:

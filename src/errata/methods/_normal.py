@@ -34,7 +34,6 @@ from errata.types import InvalidExample
 
 STRIP = 256  # rows of H that are summed at once
 FEW = 0.75  # rows to each coordinate with which whitening them, and the rest of the dual, costs as much as the primal
-BESIDE = 8  # see `_factored`
 LOSS = 1e-8  # of a solution, that rounding may cost: what is made of it is kept in float32
 
 # ------------------------------------------------------------------------------------------------------------------------------ priors
@@ -294,10 +293,13 @@ def solve(sums: Sums, lam: float, factor: torch.dtype = torch.float64) -> Solved
 
 
 def _factored(half_MM: Float[Tensor, "M M"]) -> tuple[Float[Tensor, "M M"], bool]:
-    """(U, whether there is none). The matrix is made a little wider, for U is written in columns, which is slow where they are a power of
-    two apart: on a CPU 24 ms if it is 1,024 wide, 9 ms if it is 1,032."""
+    """(U, whether there is none). On a CPU U is written in columns, which is slow where they are far powers of two apart: 1,024 wide it takes
+    24 ms, 1,032 wide 9. So such a matrix is made a little wider."""
     size = len(half_MM)
-    wider = torch.eye(size + BESIDE, dtype=half_MM.dtype, device=half_MM.device)
+    if half_MM.device.type != "cpu" or size % 256:
+        U_MM, wrong = torch.linalg.cholesky_ex(half_MM, upper=True)
+        return U_MM, bool(wrong)
+    wider = torch.eye(size + 8, dtype=half_MM.dtype)
     wider[:size, :size] = half_MM
     U, wrong = torch.linalg.cholesky_ex(wider, upper=True)
     return U[:size, :size].T.contiguous().T, bool(wrong)  # else each solve would copy it
