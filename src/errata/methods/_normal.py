@@ -293,8 +293,8 @@ def solve(sums: Sums, lam: float, factor: torch.dtype = torch.float64) -> Solved
 
 
 def _factored(half_MM: Float[Tensor, "M M"]) -> tuple[Float[Tensor, "M M"], bool]:
-    """(U, whether there is none). On a CPU U is written in columns, which is slow where they are far powers of two apart: 1,024 wide it takes
-    24 ms, 1,032 wide 9. So such a matrix is made a little wider."""
+    """(U, whether there is none). On a CPU U is written in columns, which is slow where they are a large power of two apart: 1,024 wide it
+    takes 24 ms, 1,032 wide 9. So such a matrix is made a little wider."""
     size = len(half_MM)
     if half_MM.device.type != "cpu" or size % 256:
         U_MM, wrong = torch.linalg.cholesky_ex(half_MM, upper=True)
