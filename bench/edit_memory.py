@@ -16,7 +16,7 @@ import statistics
 from _bench import arguments, emit
 from build_memory import apart, loaded, resident, restart
 
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}  # bytes: where it begins; said, it stays
+THRESHOLD, LARGE = "MALLOC_MMAP_THRESHOLD_", 128 << 10  # bytes: it begins there; said, it stays
 
 
 def of_edit(method: str, n: int, seed: int) -> tuple[int, int]:
@@ -42,8 +42,8 @@ def main() -> None:
     args = arguments(__doc__)
     few, many = (128, 512) if args.quick else (128, 4096)
     for method in args.only.split(",") if args.only else ("malmen", "mend", "ultraedit"):
-        for how, setting in (("", {}), (", what is freed given back", GIVE_BACK)):
-            os.environ.pop(*GIVE_BACK, None)
+        for how, setting in (("", {}), (", what is freed given back", {THRESHOLD: str(LARGE)})):
+            os.environ.pop(THRESHOLD, None)
             os.environ |= setting  # the processes that are begun have it
             runs = [apart(args, of_edit, method, n, args.seed) for n in (few, many)]
             for what, i in (("an edit", 0), ("a process that edits", 1)):

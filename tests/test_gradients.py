@@ -112,13 +112,28 @@ def test_the_last_mlp_is_asked_no_more_than_it_has_to_be(
 
     monkeypatch.setattr(hooks, "looking_at", counted)
     few = _gradients.captured(host, batch, modules, lambda logp_N: -logp_N.sum(), everywhere, None, per_text)
-    most = int(batch.scored_NT.sum(1).max())
-    assert asked == ([max(most, per_text)] if host.last_mlp and (per_text or not everywhere) else [])
+    n = int(batch.scored_NT.sum(1).max()) + per_text
+    assert asked == ([n] if host.last_mlp and (per_text or not everywhere) and n < batch.scored_NT.shape[1] else [])
+    assert n < batch.scored_NT.shape[1] or host.kind != "causal"
     monkeypatch.setattr(_gradients, "_few_places", lambda *_: None)
     whole = _gradients.captured(host, batch, modules, lambda logp_N: -logp_N.sum(), everywhere, None, per_text)
     for m in modules:
         for a, b in zip(few[m], whole[m], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=m)
+
+
+def test_an_answer_without_a_gradient_has_the_same_rows_in_any_batch(tiny_gpt2: Host) -> None:
+    """As of a goal that is met by far: then the places in the middle come before those of the answer."""
+    (module,) = tiny_gpt2.module_names((tiny_gpt2.layout.mlp_out,), [1])
+    row = hosts.encode(tiny_gpt2, "The capital of Italy is", " a")
+    longer = hosts.encode(tiny_gpt2, "What is the capital of Mauritius? It is, as far as we know,", " Port Louis")
+
+    def keys(rows: list[Any]) -> Tensor:
+        padded = hosts.pad(tiny_gpt2, rows)
+        return _gradients.captured(tiny_gpt2, padded, [module], lambda logp_N: 0 * logp_N.sum(), True, None, 2)[module][0][:2]
+
+    torch.testing.assert_close(keys([row]), keys([row, longer]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(keys([row]), keys([row, row]), rtol=1e-4, atol=1e-6)
 
 
 def test_of_equal_rows_those_in_the_middle_are_taken_whatever_else_is_in_the_batch(tiny_gpt2: Host) -> None:

@@ -331,8 +331,8 @@ class Host:
 
     @property
     def last_mlp(self) -> str | None:
-        """The last block's MLP, which takes each token by itself, and what it gives counts where an answer is predicted alone. None where
-        it is no module of its own, or where other tokens count behind it (a Backpack's)."""
+        """The last block's MLP: it takes each token by itself, and only what it gives where an answer is predicted counts. None where it is
+        no module of its own, or where all tokens count behind it (a Backpack's)."""
         found = {part.rpartition(".")[0] for part in (*self.layout.mlp_in, self.layout.mlp_out)}
         own = found.pop() if len(found) == 1 and not self.layout.senses else ""
         return self.module_names([own], [self.blocks - 1])[0] if own else None

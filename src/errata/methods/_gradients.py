@@ -96,7 +96,8 @@ def taken(
     `everywhere`: those of every token that something follows, not of those alone that predict an answer's. Where a text is read before it
     is answered, that is about the modules that answer; those that read have rows at every token, but for a classifier's without
     `everywhere`: its answer comes from the first. `weights` take the place of the model's. `spread` maps over the batches.
-    `per_text`: of each text, in each module, those alone whose gradients are the longest, so many of them; 0: all.
+    `per_text`: of each text, in each module, those alone whose gradients are the longest, so many of them, and where too few have one the
+    places nearest the middle; 0: all.
 
     Raises InvalidExample for what cannot be encoded.
     """
@@ -259,20 +260,22 @@ def captured(
 
 
 def _few_places(host: Host, batch: Batch, everywhere: bool, per_text: int) -> tuple[str, Int[Tensor, "N P"]] | None:
-    """(the last MLP, the places of each text at which it has to be asked): those that predict an answer and, where they are fewer than
-    `per_text`, those that `_longest` adds. None where all rows are wanted, or where a patch that is on may ask where a token stands. For a
-    small model that saves a twelfth of a pass."""
+    """(the last MLP, the places of each text at which it has to be asked): those that predict an answer, and those that `_longest` may
+    choose besides. None where these are all, or where a patch that is on may ask where a token stands. In a small model this saves a
+    twelfth of a pass."""
     if host.last_mlp is None or host.worn or (everywhere and not per_text):
         return None
     answers_NT = at(host, batch, host.last_mlp, everywhere=False)
-    n = min(max(per_text, int(answers_NT.sum(1).max())), answers_NT.shape[1])
+    n = int(answers_NT.sum(1).max()) + per_text  # an answer's gradient may be nothing too
+    if n >= answers_NT.shape[1]:
+        return None
     chosen_NT = _longest(_ranked(at(host, batch, host.last_mlp, everywhere)), answers_NT.float(), n)
     # as many in each text: where one has no more, any others
     return host.last_mlp, chosen_NT.int().topk(n, dim=1).indices.sort(dim=1).values
 
 
 def _ranked(where_NT: Bool[Tensor, "N T"]) -> Float[Tensor, "N T"]:
-    """The places, the nearer the middle of its text the higher; -1 elsewhere."""
+    """The places, the nearer the middle of a text that begins with the first the higher; -1 elsewhere."""
     T = where_NT.shape[1]
     off_NT = (torch.arange(T, device=where_NT.device) - where_NT.sum(1, keepdim=True) // 2).abs()
     return torch.where(where_NT, -off_NT / T, -1.0)

@@ -182,7 +182,7 @@ def prior(name: str, C_KK: Float[Tensor, "K K"], ridge: float) -> tuple[Prior, f
     basis of the directions that text hardly uses, where it is what text has in them."""
     if name == "I":
         return Plain(width=len(C_KK)), float(C_KK.diagonal().sum())
-    return null_space(C_KK, HARDLY) if name == "U" else (Whitened(L_KK=factor(C_KK, ridge)), float(len(C_KK)))
+    return null_space(C_KK, HARDLY) if name == "U" else (Whitened(L_KK=factor(C_KK, ridge), upper_KK=C_KK), float(len(C_KK)))
 
 
 def kept(priors: Mapping[str, Prior]) -> dict[str, Float[Tensor, "K R"]]:
@@ -190,7 +190,7 @@ def kept(priors: Mapping[str, Prior]) -> dict[str, Float[Tensor, "K R"]]:
     out = dict[str, Tensor]()
     for name, own in priors.items():
         if not isinstance(own, Plain):
-            matrix = own.L_KK.tril() + own.P_KK.triu(1) if isinstance(own, Whitened) else own.U_KR
+            matrix = own.L_KK.tril() + own.half_KK.triu(1) if isinstance(own, Whitened) else own.U_KR
             out[name] = matrix.float().cpu().contiguous()  # as it comes back from a file, to the last digit
     return out
 

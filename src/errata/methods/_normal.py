@@ -6,7 +6,7 @@
                             (AlphaEdit), arXiv 2410.02355, where (P K K^T + lam I) X = P K R^T is this in the basis U
 
 Each prior has coordinates x = T k of its own: T = U^T on the span of U, else x = k; and S = T^T S'. So there is one problem to solve, with
-P = C or I, in one of two forms, the smaller of which is taken:
+P = C or I, in one of two forms, the cheaper of which is taken:
 
     primal   S' = (H + lam P)^-1 B                      as large as the coordinates are wide
     dual     S' = P^-1 X^T (X P^-1 X^T + lam I)^-1 D    as large as there are rows          (the push-through identity)
@@ -15,12 +15,12 @@ Rows are whitened in the dual alone, z = L^-1 x with P = L L^T: the primal, whic
 
 Adding rows adds to the sums, taking an example back subtracts what its rows added, and the sums of two workers or teams merge by adding.
 Memory does not grow with the rows: once there are enough of them that the primal costs less they are dropped, unless they are asked to be
-kept. Of H, and of what it becomes, the half above the diagonal counts, and no other is made.
+kept. Of H, and of what it becomes, the half on and above the diagonal counts, and no other is made.
 The sums are in float64, for a solve in float32 loses three digits and more where keys are alike. The factor may be float32, which is half
 the memory and on many devices a fraction of the time. Where the condition takes digits that count, one step of refinement, with a residual
 in float64, gives them back.
 
-File legend: N rows, K key (module input) width, R width of the coordinates, V value width, M the smaller of N and R.
+File legend: N rows, K key (module input) width, R width of the coordinates, V value width, M either N or R.
 """
 
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ from torch import Tensor
 from errata.types import InvalidExample
 
 STRIP = 256  # rows of H that are summed at once
-FEW = 0.75  # rows to each coordinate with which whitening them, and the rest of the dual, costs as much as the primal
+FEW = 0.75  # rows to each coordinate with which whitening them, and the rest of the dual, costs as much as the primal, for V = K / 4
 LOSS = 1e-8  # of a solution, that rounding may cost: what is made of it is kept in float32
 
 # ------------------------------------------------------------------------------------------------------------------------------ priors
@@ -248,8 +248,8 @@ def _alike(a: Prior, b: Prior) -> bool:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Solved:
-    """The smaller matrix, on and above its diagonal, its upper factor U, for U^T U is the matrix, and the solution: S' or, in the dual,
-    where `white` are the whitened rows Z, what Z^T makes it of. `condition`: see `_condition`."""
+    """The matrix of the cheaper form, on and above its diagonal, its upper factor U, for U^T U is the matrix, and the solution: S' or, in
+    the dual, where `white` are the whitened rows Z, what Z^T makes it of. `condition`: see `_condition`."""
 
     sums: Sums
     lam: float
@@ -267,11 +267,13 @@ class Solved:
 
 
 def solve(sums: Sums, lam: float, factor: torch.dtype = torch.float64) -> Solved:
-    """Solves for the shift; lam 0 is the limit in which each row gets its own value exactly, and the shift is the smallest that does it.
+    """Solves for the shift; lam 0, for rows that are kept, is the limit in which each gets its own value exactly, and the shift is the
+    smallest that does it.
 
     `factor` is the precision of the factor alone; in float32 it serves up to a condition number of about 1e6.
     Raises InvalidExample where there is no such solution, for a row follows from the others.
     """
+    assert lam or sums.rows is not None, "without lam it is about the rows"
     white = None
     if sums.rows is not None and (_few(sums.prior, sums.n) or not lam):
         X_NR, rhs = sums.rows
@@ -293,8 +295,8 @@ def solve(sums: Sums, lam: float, factor: torch.dtype = torch.float64) -> Solved
 
 
 def _factored(half_MM: Float[Tensor, "M M"]) -> tuple[Float[Tensor, "M M"], bool]:
-    """(U, whether there is none). On a CPU U is written in columns, which is slow where they are a large power of two apart: 1,024 wide it
-    takes 24 ms, 1,032 wide 9. So such a matrix is made a little wider."""
+    """(U, whether there is none). On a CPU U is written in columns, which is slow where their length is a multiple of a large power of two:
+    1,024 wide it takes 24 ms, 1,032 wide 9. So such a matrix is made a little wider."""
     size = len(half_MM)
     if half_MM.device.type != "cpu" or size % 256:
         U_MM, wrong = torch.linalg.cholesky_ex(half_MM, upper=True)
@@ -302,6 +304,7 @@ def _factored(half_MM: Float[Tensor, "M M"]) -> tuple[Float[Tensor, "M M"], bool
     wider = torch.eye(size + 8, dtype=half_MM.dtype)
     wider[:size, :size] = half_MM
     U, wrong = torch.linalg.cholesky_ex(wider, upper=True)
+    del wider
     return U[:size, :size].T.contiguous().T, bool(wrong)  # else each solve would copy it
 
 

@@ -8,7 +8,8 @@ network (`_hyper.py`) makes of them. It learns from training cases (`_meta.py`),
 that the solve is gone through backwards, with the factor that it has already (`_normal.backward`).
 
 Of each text a module has rows at the `per_text` tokens alone where its gradient is longest: below where a subject is named, above where
-the answer begins. All others say little of what to change, and cost as much.
+the answer begins. All others say little of what to change, and cost as much. Above the last attention a token that predicts no answer has
+none: there a row in the middle of the text says that its key is to give what it gives.
 
 In each of `rounds` the rows are taken on what the rounds before have come to, so that what is still missing is asked for again, and only
 that; of more than `MANY` examples there are as many rounds more. lam is `caution` times what was learnt, or more, so that a round uses no
@@ -29,7 +30,7 @@ Unlike malmen@1df295d, unless `faithful`, which stands for all of these at once:
   - each example adds rows for up to `restated` other ways to ask for its fact (`_restated.py`): phrasings of the text that holds still,
     found once while preparing
   - the gradients are sums over tokens (there: means over the tokens of a batch of examples, so that a smaller batch says more)
-  - the rank is 256 and Adam's rates are 5e-6 and, for eta and lam, 1e-3 (there: 1,920 and 1e-5); for the rest see `_hyper.py`, `_meta.py`
+  - the rank is 64 and Adam's rates are 5e-6 and, for eta and lam, 1e-3 (there: 1,920 and 1e-5); for the rest see `_hyper.py`, `_meta.py`
 `held` documents raise lam until the budget is kept, as in `memit`; in all rounds but the last half of them do, roughly. With 0 the gate
 alone keeps it.
 
