@@ -86,6 +86,8 @@ def against_floors(args, what: str, spent: dict[str, float], state: Any, host: H
     if asked:
         least["model"] = lambda: [floor(host, examples, modules) for _ in range(asked)]
     for part, work in least.items():
+        if not spent[part]:  # a training has taken the rows of all its cases before the first step
+            continue
         start = seconds(str(host.device.type))
         work()
         lean, own = seconds(str(host.device.type)) - start, spent[part] + spent.get(f"{part} backwards", 0.0)
