@@ -3,7 +3,7 @@
     edit     `rows` and `solve`: value gradients, the network's differences, the sums, their solution, the patch. No budget is looked at
              (`held` = 0), and no gate; of `malmen` one round, for each further one costs as much again
     floor    the same texts in the same batches: no gradient of a weight, the graph cut below the first edited module, the head at what
-             predicts the answers alone. (An edit asks the last MLP there alone, too, which the floor does not)
+             predicts the answers alone. (The last MLP is asked everywhere, which an edit of these methods does not do)
 
 Both on one thread, in pairs, so that their ratio does not depend on what else runs; the median of the ratios counts. What `malmen` and
 `mend` have learnt does not matter for that: they learn for one step. The floor of `malmen` is over its other phrasings too, which it
