@@ -33,7 +33,7 @@ def test_it_is_the_published_formula(facts: int) -> None:
     P = basis.U_KR @ basis.U_KR.T
     L2 = 0.7 * energy
     dense = R_DP @ K_KP.T @ P @ torch.linalg.inv(K_KP @ K_KP.T @ P + L2 * torch.eye(12).double())
-    torch.testing.assert_close(R_DP @ _keys.gains_under(basis, K_KP, L2), dense, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(R_DP @ _keys.gains(basis, K_KP, L2), dense, rtol=1e-8, atol=1e-8)
 
 
 def test_the_null_space_is_as_wide_as_its_share_allows_in_any_unit() -> None:
@@ -51,7 +51,7 @@ def test_the_null_space_is_as_wide_as_its_share_allows_in_any_unit() -> None:
 def test_where_text_does_not_reach_a_key_takes_its_whole_residual() -> None:
     C = torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64))
     basis, energy = null_space(C, 0.01)
-    gains = _keys.gains_under(basis, torch.tensor([[5.0], [0.0], [1.0], [0.0]], dtype=torch.float64), energy)
+    gains = _keys.gains(basis, torch.tensor([[5.0], [0.0], [1.0], [0.0]], dtype=torch.float64), energy)
     torch.testing.assert_close(gains, torch.tensor([[0.0, 0.0, 1.0, 0.0]], dtype=torch.float64), rtol=0, atol=1e-5)
     assert energy > 0, "or lam would have no measure"
 

@@ -9,6 +9,7 @@ from conftest import TEXT, tiny_host
 from errata import apply, hosts
 from errata.hosts import Host
 from errata.methods import _keys, _values
+from errata.methods._normal import Whitened
 from errata.methods.emmet import Emmet
 from errata.methods.memit import Memit
 from errata.methods.rome import Rome
@@ -27,7 +28,9 @@ def key_and_factor(host: Host) -> tuple[torch.Tensor, torch.Tensor]:
     found = _values.places(host, EXAMPLES, [])
     (module,) = host.module_names((host.layout.mlp_out,), [0])
     key_PK, _ = _keys.averaged(host, found, module, f"{host.layout.blocks}.0", {})
-    return key_PK, _keys.covariance_factors(host, Emmet(layers="0").prepare(host, (), RUN), [0], 1e-3)[0]
+    own, _ = _keys.priors(host, Emmet(layers="0").prepare(host, (), RUN), [0], "C", 1e-3)[0]
+    assert isinstance(own, Whitened)
+    return key_PK, own.L_KK
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -35,7 +38,7 @@ def test_it_is_the_published_formula_and_that_of_memit_in_other_units(family: st
     """(V - W K) (K^T C^-1 K + slack I)^-1 K^T C^-1 and R K^T (lam C + K K^T)^-1."""
     host = tiny_host(family)
     key_PK, L = key_and_factor(host)
-    slack = 0.3 * _keys.mean_energy(L, key_PK.T)
+    slack = 0.3 * _keys.mean_energy(Whitened(L_KK=L), key_PK.T)
     inverse = torch.linalg.inv(L @ L.T)
     (op,) = Emmet(slack=0.3, held=0, **QUICK).edit(host, EXAMPLES, RUN).ops
     (same,) = Memit(lam=slack / len(L), held=0, **QUICK).edit(host, EXAMPLES, RUN).ops

@@ -439,9 +439,19 @@ def test_the_rows_of_other_ways_stand_behind_those_of_the_prompt_and_depend_on_n
     assert [r.example for r in both] == list(EXAMPLES[:2])
 
 
+def test_faithful_edits_the_uppermost_mlps_of_each_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_meta, "EDITED", 1)
+    assert _meta.modules_of(tiny_host("gpt2"), "", upper=True) == ["transformer.h.1.mlp.c_proj"]
+    assert _meta.modules_of(tiny_host("gpt2"), "") != ["transformer.h.1.mlp.c_proj"]
+    both = _meta.modules_of(tiny_host("t5"), "", upper=True)
+    assert [m.split(".")[0] for m in both] == ["encoder", "decoder"] and both[0].endswith("block.1.layer.1.DenseReluDense.wo")
+
+
 def test_faithful_is_what_was_published() -> None:
     method = malmen(faithful=True, rank=3)
     assert (method.rank, method.prior, method.lam, method.restated, method.lr, method.rate) == (1920, "I", 1.0, 0, 1e-5, 1e-5)
-    assert mend(faithful=True).rank == 1920 and mend(faithful=True).lr == 1e-6
+    assert (method.held, method.rounds, method.asked, method.least) == (0, 1, 1, method.most)
+    other = mend(faithful=True)
+    assert (other.rank, other.lr, other.rate, other.asked, other.least) == (1920, 1e-6, 1e-4, 1, other.most)
     with pytest.raises(InvalidExample, match="priors"):
         malmen(prior="V")

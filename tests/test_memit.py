@@ -12,8 +12,13 @@ from errata import apply, hooks, hosts
 from errata.hosts import Host
 from errata.ledger import Ledger
 from errata.methods import _keys, _trace, _values
+from errata.methods._normal import Plain, Prior, Whitened
+from errata.methods.alphaedit import Alphaedit
+from errata.methods.emmet import Emmet
 from errata.methods.memit import Memit
+from errata.methods.nse import Nse
 from errata.methods.rome import Rome
+from errata.methods.ultraedit import Ultraedit
 from errata.types import Add, AddLowRank, Budget, Case, Example, InvalidExample, Patch, Run, State, UnknownName, WrongBase
 
 MAURITIUS = Example(prompt="The capital of Mauritius is", target=" Port Louis")
@@ -41,10 +46,10 @@ def found_in(host: Host, examples: tuple[Example, ...] = EXAMPLES, contexts: int
     return _values.places(host, examples, leads(host, examples, RUN, contexts))
 
 
-def factors_of(host: Host, layers: list[int]) -> dict[int, Tensor]:
+def priors_of(host: Host, layers: list[int]) -> dict[int, tuple[Prior, float]]:
     modules = host.module_names((host.layout.mlp_out,), layers)
     C, _ = _keys.covariances(host, RUN.hold, modules, 4)
-    return _keys.covariance_factors(host, State(method="memit", host=host.id, config={}, tensors=C), layers, 1e-3)
+    return _keys.priors(host, State(method="memit", host=host.id, config={}, tensors=C), layers, "C", 1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- the solve
@@ -55,7 +60,7 @@ def test_gains_are_the_dense_solve(facts: int) -> None:
     root, K = randn(12, 30), randn(12, facts, seed=1)
     C = root @ root.T / 30
     dense = torch.linalg.inv(0.7 * C + K @ K.T) @ K
-    torch.testing.assert_close(_keys.gains(torch.linalg.cholesky(C), K, 0.7), dense.T, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(_keys.gains(Whitened(L_KK=torch.linalg.cholesky(C)), K, 0.7), dense.T, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("facts", [1, 3])
@@ -63,7 +68,7 @@ def test_without_a_prior_gains_are_the_equality_constraint(facts: int) -> None:
     root, K = randn(12, 30), randn(12, facts, seed=1)
     C = root @ root.T / 30
     dense = torch.linalg.inv(K.T @ torch.linalg.inv(C) @ K) @ K.T @ torch.linalg.inv(C)
-    gains = _keys.gains(torch.linalg.cholesky(C), K, 0.0)
+    gains = _keys.gains(Whitened(L_KK=torch.linalg.cholesky(C)), K, 0.0)
     torch.testing.assert_close(gains, dense, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(gains @ K, torch.eye(facts, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
@@ -71,8 +76,8 @@ def test_without_a_prior_gains_are_the_equality_constraint(facts: int) -> None:
 def test_keys_that_follow_from_one_another_are_refused_without_slack() -> None:
     K = randn(12, 1).repeat(1, 2)
     with pytest.raises(InvalidExample, match="slack"):
-        _keys.gains(torch.eye(12, dtype=torch.float64), K, 0.0)
-    shared = _keys.gains(torch.eye(12, dtype=torch.float64), K, 1e-3) @ K
+        _keys.gains(Plain(width=12), K, 0.0)
+    shared = _keys.gains(Plain(width=12), K, 1e-3) @ K
     torch.testing.assert_close(shared, torch.full((2, 2), 0.5, dtype=torch.float64), rtol=1e-3, atol=0)
 
 
@@ -244,7 +249,7 @@ def test_memit_brings_the_last_layer_to_its_values(host: Host) -> None:
     """With C weighing next to nothing; plain prompts, and the hidden states read from passes of the whole model."""
     found = found_in(host, contexts=0)
     delta_PD = 0.5 * randn(len(found), 32).float()
-    ops, weights = _keys.spread(host, found, delta_PD, factors_of(host, [0, 1]), lambda L, K: _keys.gains(L, K, 1e-9))
+    ops, weights = _keys.spread(host, found, delta_PD, priors_of(host, [0, 1]), lambda own, K: _keys.gains(own[0], K, 1e-9))
 
     def hidden() -> Tensor:
         out = []
@@ -268,12 +273,12 @@ def test_memit_brings_the_last_layer_to_its_values(host: Host) -> None:
 def test_the_first_layer_takes_its_share_and_lam_holds_back(host: Host) -> None:
     """Of two layers, the first writes half of what is missing; with lam, lam / (lam + k^T C^-1 k) of it is left out."""
     found = found_in(host, (MAURITIUS,), contexts=3)
-    delta_PD, factors = 0.5 * randn(1, 32).float(), factors_of(host, [0, 1])
+    delta_PD, known = 0.5 * randn(1, 32).float(), priors_of(host, [0, 1])
     (module,) = host.module_names((host.layout.mlp_out,), [0])
     key_PK, _ = _keys.averaged(host, found, module, f"{host.layout.blocks}.1", {})
-    energy = _keys.mean_energy(factors[0], key_PK.T)
+    energy = _keys.mean_energy(known[0][0], key_PK.T)
     for lam in (1e-9, energy):
-        (op, _), _ = _keys.spread(host, found, delta_PD, factors, lambda L, K, lam=lam: _keys.gains(L, K, lam))
+        (op, _), _ = _keys.spread(host, found, delta_PD, known, lambda own, K, lam=lam: _keys.gains(own[0], K, lam))
         assert isinstance(op, AddLowRank) and op.A.shape[0] == 1
         torch.testing.assert_close((op.B @ op.A).double() @ key_PK[0], delta_PD[0].double() / (2 if lam < 1 else 4), rtol=1e-4, atol=1e-6)
 
@@ -308,7 +313,9 @@ def test_rome_keeps_its_constraint_and_changes_text_least(host: Host) -> None:
     key_K = _keys.averaged(host, found, module, f"{host.layout.blocks}.0", {})[0][0]
     change = (op.B @ op.A).double()
     torch.testing.assert_close(change @ key_K, delta_D.double(), rtol=1e-4, atol=1e-4)
-    L = _keys.covariance_factors(host, method.prepare(host, (), RUN), [0], method.ridge)[0]
+    own, _ = _keys.priors(host, method.prepare(host, (), RUN), [0], "C", method.ridge)[0]
+    assert isinstance(own, Whitened)
+    L = own.L_KK
     least = (change @ L).square().sum()
     for seed in range(3):
         other = change + 0.1 * (sideways := randn(*change.shape, seed=seed)) - 0.1 * torch.outer(sideways @ key_K, key_K) / (key_K @ key_K)
@@ -316,12 +323,45 @@ def test_rome_keeps_its_constraint_and_changes_text_least(host: Host) -> None:
         assert (other @ L).square().sum() > least
 
 
+@both_orientations
+@pytest.mark.parametrize("prior", ["C", "I", "U"])
+@pytest.mark.parametrize("method", [Memit, Nse, Emmet])
+def test_every_prior_is_its_dense_solve(host: Host, method: type[Memit | Nse | Emmet], prior: str) -> None:
+    """(K K^T + lam P)^-1 K, with lam in the units of the prior; for "U" inside its basis."""
+    weighs = {"slack": 0.7} if method is Emmet else {"lam": 0.7}
+    made = method(
+        layers="0", prior=prior, contexts=0, steps=2, stop=0.0, held=0, **weighs, **({"p": 1.0, "rounds": 1} if method is Nse else {})
+    )
+    (op,), state = made.edit(host, EXAMPLES, RUN).ops, made.prepare(host, (), RUN)
+    (module,) = host.module_names((host.layout.mlp_out,), [0])
+    C, K = state.tensors[module].double(), _keys.averaged(host, found_in(host, contexts=0), module, f"{host.layout.blocks}.0", {})[0].T
+    s, U = torch.linalg.eigh(C)
+    hardly = int((s.clamp(min=0).cumsum(0) <= 0.02 * s.sum()).sum()) if prior == "U" else len(C)
+    U, s = U[:, :hardly], s[:hardly]
+    stiff = U.T @ (C + 1e-3 * C.diagonal().mean() * torch.eye(len(C))) @ U if prior == "C" else torch.eye(hardly).double()
+    inside = U.T @ K
+    unit = {"C": float(len(C)), "I": float(C.trace()), "U": float(s.sum())}[prior]
+    unit = float((inside * torch.linalg.solve(stiff, inside)).sum(0).mean()) if method is Emmet else unit
+    wanted = U @ torch.linalg.solve(inside @ inside.T + 0.7 * unit * stiff, inside)
+    assert isinstance(op, AddLowRank)
+    torch.testing.assert_close(op.A.double(), wanted.T, rtol=1e-4, atol=1e-6)
+
+
+def test_the_null_space_makes_alphaedit_of_memit_and_other_priors_are_refused(tiny_gpt2: Host) -> None:
+    how = {"layers": "0-1", "contexts": 0, "steps": 2}
+    for a, b in zip(*(made.edit(tiny_gpt2, EXAMPLES, RUN).ops for made in (Memit(prior="U", **how), Alphaedit(**how))), strict=True):
+        assert torch.equal(apply.change(tiny_gpt2, a), apply.change(tiny_gpt2, b))
+    for method, name in ((Memit, "memit"), (Nse, "nse"), (Emmet, "emmet"), (Ultraedit, "ultraedit")):
+        with pytest.raises(InvalidExample, match=f'{name} has the priors "C", "I" and "U"'):
+            method(prior="c")
+
+
 def test_several_facts_keep_their_constraints_nearly(tiny_llama: Host) -> None:
     found = found_in(tiny_llama)
     delta_PD = 0.5 * randn(len(found), 32).float()
     (module,) = tiny_llama.module_names((tiny_llama.layout.mlp_out,), [0])
     key_PK = _keys.averaged(tiny_llama, found, module, "model.layers.0", {})[0]
-    (op,), _ = _keys.spread(tiny_llama, found, delta_PD, factors_of(tiny_llama, [0]), Rome()._solve)
+    (op,), _ = _keys.spread(tiny_llama, found, delta_PD, priors_of(tiny_llama, [0]), Rome()._solve)
     change = apply.change(tiny_llama, op).double()
     torch.testing.assert_close(key_PK @ change.T, delta_PD.double(), rtol=0, atol=0.02)
 

@@ -45,7 +45,7 @@ def test_the_solve_is_that_of_the_selected_rows_and_columns(facts: int) -> None:
     s = selected(K_KP, 0.7)
     wanted = torch.zeros(facts, 12, dtype=torch.float64)
     wanted[:, s] = torch.linalg.solve(0.5 * len(s) * C[s][:, s] + K_KP[s] @ K_KP[s].T, K_KP[s]).T
-    torch.testing.assert_close(_selected_gains(torch.linalg.cholesky(C), K_KP, 0.5, 0.7), wanted, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(_selected_gains(C, K_KP, 0.5, 0.7), wanted, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -66,8 +66,8 @@ def missing(host: Host, rounds: int, open_: tuple[float, float], lam: float = 0.
     delta_PD = 0.5 * randn(len(found), 32).float()
     modules = host.module_names((host.layout.mlp_out,), [0, 1])
     C, _ = _keys.covariances(host, RUN.hold, modules, 4)
-    factors = _keys.covariance_factors(host, State(method="nse", host=host.id, config={}, tensors=C), [0, 1], 1e-3)
-    ops, weights = _keys.spread(host, found, delta_PD, factors, lambda L, K: _keys.gains(L, K, lam * len(L)), rounds, open_)
+    factors = _keys.priors(host, State(method="nse", host=host.id, config={}, tensors=C), [0, 1], "C", 1e-3)
+    ops, weights = _keys.spread(host, found, delta_PD, factors, lambda own, K: _keys.gains(own[0], K, lam * own[1]), rounds, open_)
     block = f"{host.layout.blocks}.1"
     before, after = (_keys.averaged(host, found, modules[1], block, w)[1] for w in ({}, weights))
     for op in ops:  # what the op says is what was measured

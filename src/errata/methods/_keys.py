@@ -50,7 +50,7 @@ HARDLY = 0.02  # of the energy of text's keys lies in the directions of "U", at 
 NOTHING = 1e-4  # of a residual, as good as none of it
 Row = tuple[list[int], int]
 Tell = Callable[[str, float], None]  # `Run.tell`
-T = TypeVar("T")  # what a method knows of a layer before it sees the keys: the factor of C, or a prior
+T = TypeVar("T")  # what a method knows of a layer before it sees the keys: C, or a prior and its unit
 Solve = Callable[[T, Float[Tensor, "K P"]], Float[Tensor, "P K"]]
 
 
@@ -153,9 +153,17 @@ def covariances_of(host: Host, state: State, layers: Sequence[int]) -> dict[int,
     return {layer: covariance_of(host, state, module) for layer, module in zip(layers, modules, strict=True)}
 
 
-def covariance_factors(host: Host, state: State, layers: Sequence[int], ridge: float) -> dict[int, Float[Tensor, "K K"]]:
-    """Layer -> the lower factor of C + ridge * mean eigenvalue * I, float64. Raises WrongBase, UnknownName."""
-    return {layer: factor(C_KK, ridge) for layer, C_KK in covariances_of(host, state, layers).items()}
+def priors(
+    host: Host, state: State, layers: Sequence[int], name: str, ridge: float = 0.0, share: float = HARDLY
+) -> dict[int, tuple[Prior, float]]:
+    """Layer -> `prior` of its MLP's last projection. Raises WrongBase, UnknownName."""
+    return {layer: prior(name, C_KK, ridge, share) for layer, C_KK in covariances_of(host, state, layers).items()}
+
+
+def check_prior(method: str, name: str) -> None:
+    """Raises InvalidExample for a prior that there is not."""
+    if name not in PRIORS:
+        raise InvalidExample(f'{method} has the priors "C", "I" and "U", got {name!r}.')
 
 
 def factor(C_KK: Float[Tensor, "K K"], ridge: float) -> Float[Tensor, "K K"]:
@@ -177,12 +185,12 @@ def null_space(C_KK: Float[Tensor, "K K"], share: float) -> tuple[Reduced, float
     return Reduced(U_KR=U_KK[:, :kept].contiguous()), max(float(s_K[:kept].sum()), least)
 
 
-def prior(name: str, C_KK: Float[Tensor, "K K"], ridge: float) -> tuple[Prior, float]:
+def prior(name: str, C_KK: Float[Tensor, "K K"], ridge: float, share: float = HARDLY) -> tuple[Prior, float]:
     """(the prior of that name, what lam counts in): "C", where it is a usual key's k^T C^-1 k; "I", where it is its squared length; "U", a
-    basis of the directions that text hardly uses, where it is what text has in them."""
+    basis of the directions with at most `share` of the energy of text's keys, where it is what text has in them."""
     if name == "I":
         return Plain(width=len(C_KK)), float(C_KK.diagonal().sum())
-    return null_space(C_KK, HARDLY) if name == "U" else (Whitened(L_KK=factor(C_KK, ridge), upper_KK=C_KK), float(len(C_KK)))
+    return null_space(C_KK, share) if name == "U" else (Whitened(L_KK=factor(C_KK, ridge), upper_KK=C_KK), float(len(C_KK)))
 
 
 def kept(priors: Mapping[str, Prior]) -> dict[str, Float[Tensor, "K R"]]:
@@ -234,22 +242,18 @@ def in_out(host: Host, module: str) -> tuple[int, int]:
     return (a, b) if stored_transposed(part) else (b, a)
 
 
-def gains(L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"], prior: float, tell: Tell = forget) -> Float[Tensor, "P K"]:
-    """(P, K) the rows g with Delta = R g: (prior C + K K^T)^-1 K, transposed; with prior 0 its limit, C^-1 K (K^T C^-1 K)^-1."""
-    return gains_under(Whitened(L_KK=L_KK), K_KP, prior, tell)
-
-
-def gains_under(prior: Prior, K_KP: Float[Tensor, "K P"], lam: float, tell: Tell = forget) -> Float[Tensor, "P K"]:
-    """(P, K) the rows g with Delta = R g, for any prior of the sums. Raises InvalidExample."""
+def gains(prior: Prior, K_KP: Float[Tensor, "K P"], lam: float, tell: Tell = forget) -> Float[Tensor, "P K"]:
+    """(P, K) the rows g with Delta = R g: (lam P + K K^T)^-1 K, transposed; with lam 0 its limit, for C that is C^-1 K (K^T C^-1 K)^-1.
+    Raises InvalidExample."""
     keys_PK = K_KP.T
     solved = _normal.solve(_normal.of(prior, keys_PK, keys_PK.new_zeros(len(keys_PK), 0), keep=True), lam)
     tell("condition", solved.condition)
     return _normal.gains(solved)
 
 
-def mean_energy(L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"]) -> float:
-    """The mean of k^T C^-1 k over the columns of K."""
-    return float(_normal.whitened(Whitened(L_KK=L_KK), K_KP.T).square().sum(1).mean())
+def mean_energy(prior: Prior, K_KP: Float[Tensor, "K P"]) -> float:
+    """The mean of k^T P^-1 k over the columns of K: for C that of k^T C^-1 k."""
+    return float(_normal.whitened(prior, prior.into(K_KP.T)).square().sum(1).mean())
 
 
 def spread(

@@ -12,9 +12,9 @@ divisible by either. Nothing goes through a disk.
 
 Everything that a step draws follows from the seed and its number alone, so a training that was cut off goes on as if it had not been.
 
-Unlike malmen@1df295d: n is drawn anew for each step, so that one network serves few and many; the example's own prompt is asked for too
-(unless `faithful`); held text is held still besides the neighbours' answers; a step whose gradient is not finite is dropped, and counted;
-the statistics stand still while held-back cases are judged, and the network that did best on them is kept.
+Unlike malmen@1df295d: n is drawn anew for each step, so that one network serves few and many, and the example's own prompt is asked for
+too (neither if `faithful`); the rates rise and fall; held text is held still besides the neighbours' answers; a step whose gradient is not
+finite is dropped, and counted; the statistics stand still while held-back cases are judged, and the network that did best on them is kept.
 
 File legend: N rows, K key width, V value width.
 """
@@ -543,8 +543,19 @@ def outputs(host: Host, module: str, keys_NK: Float[Tensor, "N K"]) -> Float[Ten
     return given_NV
 
 
-def modules_of(host: Host, given: str) -> list[str]:
-    """The projections that `given` means. Raises UnknownName for a beginning that none has."""
+def as_published(made: Method, values: Mapping[str, object]) -> None:
+    """Puts published settings in the place of those of a `faithful` method, while it is made; n is the same in every step then."""
+    for name, value in {**values, "least": made.config["most"]}.items() if made.config["faithful"] else ():
+        object.__setattr__(made, name, value)
+
+
+def modules_of(host: Host, given: str, upper: bool = False) -> list[str]:
+    """The projections that `given` means; without it the last ones of `EDITED` MLPs, of all blocks evenly or of the uppermost of each
+    stack. Raises UnknownName for a beginning that none has."""
+    if not given and upper:
+        outs, each = host.projections("mlp_out"), -(-EDITED // len(host.stacks()))
+        stacks = ([name for name in outs if name.startswith(f"{row.blocks}.")] for row, _ in host.stacks())
+        return [name for own in stacks for name in own[-each:]]
     if not given:
         outs = host.projections("mlp_out")
         apart = max(1, min(EDITED, len(outs)) - 1)

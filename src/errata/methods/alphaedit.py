@@ -52,12 +52,10 @@ class Alphaedit(Method):
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         want = _keys.wanted(self, "alphaedit", host, examples, run, self.held)
-        spaces = {layer: _keys.null_space(C, self.share) for layer, C in _keys.covariances_of(host, want.state, want.layers).items()}
+        spaces = _keys.priors(host, want.state, want.layers, "U", share=self.share)
 
         def solved(lam: float) -> tuple[tuple[Op, ...], Weights]:
-            return _keys.spread(
-                host, want.found, want.delta_PD, spaces, lambda known, K: _keys.gains_under(known[0], K, lam * known[1], run.tell)
-            )
+            return _keys.spread(host, want.found, want.delta_PD, spaces, lambda own, K: _keys.gains(own[0], K, lam * own[1], run.tell))
 
         ops = _keys.within(host, want.still, run.budget.epsilon, self.lam, solved)
         return Patch(method="alphaedit", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)

@@ -22,11 +22,12 @@ from errata.types import Case, Example, InvalidExample, Method, Op, Patch, Run, 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Emmet(Method):
-    """layers: the one layer; empty: found by tracing. slack: the least; a fact with the mean key takes 1 / (1 + slack) of its residual when
-    it is alone. held: documents on which slack is raised until the budget is kept; with 0 the gate alone keeps it. The rest: as in `memit`.
-    """
+    """layers: the one layer; empty: found by tracing. prior: as in `memit`; slack counts in its k^T P^-1 k. slack: the least; a fact with
+    the mean key takes 1 / (1 + slack) of its residual when it is alone. held: documents on which slack is raised until the budget is kept;
+    with 0 the gate alone keeps it. The rest: as in `memit`."""
 
     layers: str = ""
+    prior: str = "C"
     slack: float = 0.1
     held: int = 500
     ridge: float = 1e-3
@@ -41,6 +42,7 @@ class Emmet(Method):
     batch_size: int = 256
 
     def __post_init__(self) -> None:
+        _keys.check_prior("emmet", self.prior)
         if not self.slack > 0 or not self.ridge >= 0:
             raise InvalidExample(f"emmet needs a slack over 0 and a ridge of 0 or more, got {self.slack} and {self.ridge}.")
 
@@ -50,11 +52,15 @@ class Emmet(Method):
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         want = _keys.wanted(self, "emmet", host, examples, run, self.held, width=1)
-        factors = _keys.covariance_factors(host, want.state, want.layers, self.ridge)
+        known = _keys.priors(host, want.state, want.layers, self.prior, self.ridge)
 
         def solved(slack: float) -> tuple[tuple[Op, ...], Weights]:
             return _keys.spread(
-                host, want.found, want.delta_PD, factors, lambda L, K: _keys.gains(L, K, slack * _keys.mean_energy(L, K), run.tell)
+                host,
+                want.found,
+                want.delta_PD,
+                known,
+                lambda own, K: _keys.gains(own[0], K, slack * _keys.mean_energy(own[0], K), run.tell),
             )
 
         ops = _keys.within(host, want.still, run.budget.epsilon, self.slack, solved)

@@ -80,8 +80,7 @@ class Enn(Method):
         _meta.check("enn", self.config)
         if self.rounds < 1 or not self.base >= 0:
             raise InvalidExample(f"enn needs 1 round or more and a base of 0 or more, got {self.rounds} and {self.base}.")
-        for name, value in FAITHFUL.items() if self.faithful else ():
-            object.__setattr__(self, name, value)
+        _meta.as_published(self, FAITHFUL)
 
     def prepare(self, host: Host, train_cases: Iterable[Case], run: Run) -> State:
         """theta - theta0, and alpha. Raises InvalidExample, UnknownName."""

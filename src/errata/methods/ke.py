@@ -92,8 +92,7 @@ class Ke(Method):
                 f"ke needs rounds, states and a condition of 1 or more, a max_scale over 0 and an anneal in (0, 1], got {self.rounds}, "
                 f"{self.states}, {self.condition}, {self.max_scale} and {self.anneal}."
             )
-        for name, value in FAITHFUL.items() if self.faithful else ():
-            object.__setattr__(self, name, value)
+        _meta.as_published(self, FAITHFUL)
 
     def prepare(self, host: Host, train_cases: Iterable[Case], run: Run) -> State:
         """The network. Raises InvalidExample, UnknownName."""

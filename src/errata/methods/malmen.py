@@ -22,7 +22,7 @@ goes along what text feels least, and takes back what was hurt. Training begins 
 the next. With one round the rows of an example depend on no other example: whoever keeps them, or their sums, adds one with a pass and a
 solve, and takes one back as if it had never been there (`rows`, `solve`).
 
-Unlike malmen@1df295d, unless `faithful`, which stands for all of these at once:
+Unlike malmen@1df295d, unless `faithful`, which stands for all of these at once (Adam's rates alone still rise and fall):
   - P is C = E[k k^T] over text, and lam counts usual keys as in `memit` (there: P = I and lam begins at 1, whatever the keys; the keys of a
     small model then have leverage .9 and more, the solve interpolates, and the shift grows to eight times the weight)
   - gradients and differences are in a metric that is short where text feels a change of the outputs (`_hyper.metric`)
@@ -67,9 +67,11 @@ FAITHFUL = {
     "rounds": 1,
     "lam": 1.0,
     "restated": 0,
+    "held": 0,
     "rank": 1920,
     "lr": 1e-5,
     "rate": 1e-5,
+    "asked": 1,
     "near_weight": 1.0,
     "hold_weight": 0.0,
 }
@@ -134,13 +136,12 @@ class Malmen(Method):
         if self.spared < 0:
             raise InvalidExample(f"malmen spares 0 documents or more, got {self.spared}.")
         _meta.check("malmen", self.config)
-        for name, value in FAITHFUL.items() if self.faithful else ():
-            object.__setattr__(self, name, value)
+        _meta.as_published(self, FAITHFUL)
 
     def prepare(self, host: Host, train_cases: Iterable[Case], run: Run) -> State:
         """The network, the prior of each module, and the phrasings. Raises InvalidExample, UnknownName."""
         cases, begun = tuple(train_cases), run.state if run.state is not None and run.state.config.get("unfinished") else None
-        modules = _meta.modules_of(host, self.modules)
+        modules = _meta.modules_of(host, self.modules, upper=self.faithful)
         texts = run.hold or text.sampled(host, seed=run.seed)
         if begun is None:
             C, _ = _keys.covariances(host, texts, modules, self.per_key)

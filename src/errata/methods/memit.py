@@ -24,13 +24,15 @@ from errata.types import Case, Example, InvalidExample, Method, Op, Patch, Run, 
 class Memit(Method):
     """layers: "3-8" or "3,4,5"; empty: `width` of them, found by tracing (0: five, or half of a small model's).
 
-    lam: least weight of the text against the facts; a usual key takes 1 / (1 + lam) of its residual. held: documents on which lam is
-    raised until the budget is kept; with 0 the gate alone keeps it. ridge: multiple of C's mean eigenvalue that is added to it. per_key:
-    tokens of text for each dimension of C. contexts: prefixes. The rest: `_values.Settings`.
+    prior: what stands in the place of C: "C"; "I", the identity; "U", a basis of what text hardly uses, as in `alphaedit`. lam: least
+    weight of the text against the facts; a usual key takes 1 / (1 + lam) of its residual. held: documents on which lam is raised until the
+    budget is kept; with 0 the gate alone keeps it. ridge: multiple of C's mean eigenvalue that is added to it. per_key: tokens of text for
+    each dimension of C. contexts: prefixes. The rest: `_values.Settings`.
     """
 
     layers: str = ""
     width: int = 0
+    prior: str = "C"
     lam: float = 1.0
     held: int = 500
     ridge: float = 1e-3
@@ -45,6 +47,7 @@ class Memit(Method):
     batch_size: int = 256
 
     def __post_init__(self) -> None:
+        _keys.check_prior("memit", self.prior)
         if not self.lam > 0 or not self.ridge >= 0:
             raise InvalidExample(f"memit needs a lam over 0 and a ridge of 0 or more, got {self.lam} and {self.ridge}.")
 
@@ -54,10 +57,10 @@ class Memit(Method):
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         want = _keys.wanted(self, "memit", host, examples, run, self.held)
-        factors = _keys.covariance_factors(host, want.state, want.layers, self.ridge)
+        known = _keys.priors(host, want.state, want.layers, self.prior, self.ridge)
 
         def solved(lam: float) -> tuple[tuple[Op, ...], Weights]:
-            return _keys.spread(host, want.found, want.delta_PD, factors, lambda L, K: _keys.gains(L, K, lam * len(L), run.tell))
+            return _keys.spread(host, want.found, want.delta_PD, known, lambda own, K: _keys.gains(own[0], K, lam * own[1], run.tell))
 
         ops = _keys.within(host, want.still, run.budget.epsilon, self.lam, solved)
         return Patch(method="memit", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)

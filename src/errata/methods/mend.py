@@ -9,8 +9,8 @@ the edits of many examples do not add up to more than any of them asked for.
 Unlike mend@e04fdb9 the step goes down the gradient, as in serac@c963a39 (there: up, until eta has learnt to be negative). For what else
 differs, and for `faithful`, see `_hyper.py`, `_meta.py` and `malmen`: the gradients are sums (there: means), the rank is 256 (there:
 1,920), the rates are 1e-4 and 3e-2 (there: 1e-6, and 1e-4 for eta), and eta begins where the first edits have a sensible size. `faithful`
-is mend as malmen@1df295d runs it, with its blocks (in mend@e04fdb9 scale and shift stand inside the clamp), its first eta of 1e-6 (there:
-1e-4) and its gradients cut at 1 (there: 100).
+has the blocks of malmen@1df295d (in mend@e04fdb9 scale and shift stand inside the clamp), its first eta of 1e-6 (there: 1e-4), its modules
+and its gradients cut at 1 (there: 100), with the rates and the weight of neighbours of mend@e04fdb9.
 
 File legend: N rows, K key width, V value width.
 """
@@ -31,7 +31,7 @@ from errata.methods._meta import Lesson, Merging, Pull
 from errata.methods._products import Products
 from errata.types import Case, Example, InvalidExample, Method, Patch, Rows, Run, State
 
-FAITHFUL = {"rank": 1920, "lr": 1e-6, "rate": 1e-4, "near_weight": 10.0, "hold_weight": 0.0}
+FAITHFUL = {"rank": 1920, "lr": 1e-6, "rate": 1e-4, "asked": 1, "near_weight": 10.0, "hold_weight": 0.0}
 FIXED = ("tokens", "faithful")
 
 
@@ -67,12 +67,11 @@ class Mend(Method):
         if self.tokens not in ("answer", "all"):
             raise InvalidExample(f'mend takes the tokens "answer" or "all", got {self.tokens!r}.')
         _meta.check("mend", self.config)
-        for name, value in FAITHFUL.items() if self.faithful else ():
-            object.__setattr__(self, name, value)
+        _meta.as_published(self, FAITHFUL)
 
     def prepare(self, host: Host, train_cases: Iterable[Case], run: Run) -> State:
         """The network. Raises InvalidExample, UnknownName."""
-        modules = _meta.modules_of(host, self.modules)
+        modules = _meta.modules_of(host, self.modules, upper=self.faithful)
         learning = partial(
             Merging,
             rows=lambda examples: self._rows(host, examples, modules, run),

@@ -17,7 +17,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -38,6 +37,7 @@ class Nse(Method):
     hopeless: float = 2.0
     layers: str = ""
     width: int = 0
+    prior: str = "C"
     lam: float = 1.0
     held: int = 500
     ridge: float = 1e-3
@@ -52,6 +52,7 @@ class Nse(Method):
     batch_size: int = 256
 
     def __post_init__(self) -> None:
+        _keys.check_prior("nse", self.prior)
         if not 0 < self.p <= 1 or not self.lam > 0 or not self.ridge >= 0:
             raise InvalidExample(
                 f"nse needs a p over 0 and up to 1, a lam over 0 and a ridge of 0 or more, got {self.p}, {self.lam} and {self.ridge}."
@@ -67,13 +68,14 @@ class Nse(Method):
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         want = _keys.wanted(self, "nse", host, examples, run, self.held)
-        factors = _keys.covariance_factors(host, want.state, want.layers, self.ridge)
+        C = _keys.covariances_of(host, want.state, want.layers)
         open_ = (self.again, self.hopeless)
 
         def solved(lam: float) -> tuple[tuple[Op, ...], Weights]:
-            return _keys.spread(
-                host, want.found, want.delta_PD, factors, lambda L, K: _selected_gains(L, K, lam, self.p, run.tell), self.rounds, open_
-            )
+            def solve(C_KK: Tensor, K_KP: Tensor) -> Tensor:
+                return _selected_gains(C_KK, K_KP, lam, self.p, self.prior, self.ridge, run.tell)
+
+            return _keys.spread(host, want.found, want.delta_PD, C, solve, self.rounds, open_)
 
         ops = _keys.within(host, want.still, run.budget.epsilon, self.lam, solved)
         return Patch(method="nse", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)
@@ -88,12 +90,16 @@ def selected(K_KP: Float[Tensor, "K P"], p: float) -> Tensor:
 
 
 def _selected_gains(
-    L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"], lam: float, p: float, tell: _keys.Tell = forget
+    C_KK: Float[Tensor, "K K"],
+    K_KP: Float[Tensor, "K P"],
+    lam: float,
+    p: float,
+    prior: str = "C",
+    ridge: float = 0.0,
+    tell: _keys.Tell = forget,
 ) -> Float[Tensor, "P K"]:
-    if p == 1:
-        return _keys.gains(L_KK, K_KP, lam * len(L_KK), tell)
     s = selected(K_KP, p)
-    L_ss = torch.linalg.cholesky(L_KK[s] @ L_KK[s].T)
+    own, unit = _keys.prior(prior, C_KK[s][:, s], ridge)
     gains_PK = K_KP.new_zeros(K_KP.shape[1], len(K_KP))
-    gains_PK[:, s] = _keys.gains(L_ss, K_KP[s], lam * len(s), tell)
+    gains_PK[:, s] = _keys.gains(own, K_KP[s], lam * unit, tell)
     return gains_PK

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from errata.hosts import Host
 from errata.methods import _keys
+from errata.methods._normal import Prior
 from errata.types import Case, Example, InvalidExample, Method, Patch, Run, State, forget
 
 
@@ -52,11 +53,11 @@ class Rome(Method):
 
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         want = _keys.wanted(self, "rome", host, examples, run, width=1)
-        factors = _keys.covariance_factors(host, want.state, want.layers, self.ridge)
-        ops, _ = _keys.spread(host, want.found, want.delta_PD, factors, partial(self._solve, tell=run.tell))
+        known = _keys.priors(host, want.state, want.layers, "C", self.ridge)
+        ops, _ = _keys.spread(host, want.found, want.delta_PD, known, partial(self._solve, tell=run.tell))
         return Patch(method="rome", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)
 
-    def _solve(self, L_KK: Float[Tensor, "K K"], K_KP: Float[Tensor, "K P"], tell: _keys.Tell = forget) -> Float[Tensor, "P K"]:
+    def _solve(self, known: tuple[Prior, float], K_KP: Float[Tensor, "K P"], tell: _keys.Tell = forget) -> Float[Tensor, "P K"]:
         """(P, K) the rows g of the change R g; with one fact there is nothing to slacken."""
-        several = K_KP.shape[1] > 1
-        return _keys.gains(L_KK, K_KP, self.slack * _keys.mean_energy(L_KK, K_KP) if several else 0.0, tell)
+        own, several = known[0], K_KP.shape[1] > 1
+        return _keys.gains(own, K_KP, self.slack * _keys.mean_energy(own, K_KP) if several else 0.0, tell)

@@ -54,8 +54,7 @@ class Ultraedit(Method):
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.prior not in _keys.PRIORS:
-            raise InvalidExample(f'ultraedit has the priors "C", "I" and "U", got {self.prior!r}.')
+        _keys.check_prior("ultraedit", self.prior)
         if not self.eta > 0 or not self.lam > 0 or not self.ridge >= 0:
             raise InvalidExample(
                 f"ultraedit needs an eta and a lam over 0 and a ridge of 0 or more, got {self.eta}, {self.lam} and {self.ridge}."
