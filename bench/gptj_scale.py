@@ -1,7 +1,8 @@
 """malmen at the size of GPT-J: seconds and peak memory of an edit and of one step of meta-training, each part against its floor.
 
 Random weights (what they say does not matter for time): 28 blocks of width 4,096 in bfloat16, the last projections of the last six MLPs,
-8,192 facts, where there is a GPU; elsewhere 8 blocks of width 256 in float32 and 512 facts, with --quick 64.
+8,192 facts, where there is a GPU; elsewhere 8 blocks of width 256 in float32 and 512 facts, with --quick 64. A step of meta-training has as
+many, but no more than the 1,700 that the lab's training cases are good for. The peak of each is counted from where it begins.
 
     rows       keys and value gradients, forwards and back   floor: the same texts through `bench/edit_floor.py`'s lean pass
     network    the hypernetwork on all rows                  floor: its matrix products alone
@@ -9,9 +10,10 @@ Random weights (what they say does not matter for time): 28 blocks of width 4,09
                (rows are those that count: two of each text)
     model      of a step: its losses with S in the weights, forwards and back   floor: the lean pass over as many of its texts
 
-Of the step "the rest" is what no part names: the network backwards, Adam, and what it draws. Its rows take no time where they are
-remembered from what came before (a model this large has too many for that). No budget is looked at (`held` = 0), no other phrasings are
-sought (`restated` = 0), and one round is taken.
+Of the step "the rest" is what no part names: Adam, and what it draws. The network goes forwards twice in it and back once, its floor
+likewise. Rows are taken in each step, as of a model this large they are: none are remembered. No budget is looked at (`held` = 0),
+no other phrasings are sought (`restated` = 0), and one round is taken: a further one takes all of it again, and the gradient of what text
+has lost.
 """
 
 import time
@@ -21,10 +23,11 @@ from typing import Any
 
 import torch
 from _bench import arguments, emit
+from build_memory import resident, restart
 from edit_floor import floor
 from transformers import GPTJConfig, GPTJForCausalLM
 
-from errata import evaluate, hosts, methods
+from errata import hosts, methods
 from errata.hosts import Host
 from errata.lab import tasks
 from errata.methods import _gradients, _hyper, _keys, _meta, _normal
@@ -48,9 +51,11 @@ def main() -> None:
     hold = tuple(f"{e.prompt}{e.target}." for e in known[:400])
     learning = tasks.cases("train", min(n, 1900), seed=args.seed)
     size = {"least": min(n, 1700), "most": min(n, 1700)} | ({"near": 8, "hold": 4, "asked": 1} if args.quick else {})
+    _meta.REMEMBERED = 0
     made = methods.make("malmen", modules=",".join(modules), held=0, restated=0, rounds=1, steps=1, **size)
     about = f"{n} facts, {EDITED} modules of {host.model.get_parameter(f'{modules[0]}.weight').numel() / 1e6:.1f} M weights, {device}"
 
+    forget_peak(device)
     with clocked(device) as spent, stepping(device, spent) as step:
         start = seconds(device)
         state = made.prepare(host, learning, Run(hold=hold, seed=args.seed))
@@ -58,19 +63,20 @@ def main() -> None:
     assert state is not None
     told = ", ".join(f"{k} {v:.2f} s" for k, v in spent.items())
     emit(args, "meta-training of one step, with what comes before and after it (s)", whole, None, f"{len(learning)} cases; {told}; {about}")
-    emit(args, "the same, peak memory (MB)", evaluate.peak_mb(host.device), None, "of the process, or of the GPU's allocator")
+    emit(args, "the same, peak memory (MB)", peak_mb(device), None, "of the process, or of the GPU's allocator")
     together = tuple(c.example for c in learning[: size["most"]])
     against_floors(args, "a step", step, state, host, modules, together, asked=made.config["asked"])
     emit(args, "a step: the rest (s)", step["whole"] - sum(v for k, v in step.items() if k != "whole"), None, f"of {step['whole']:.2f} s")
 
     run = Run(hold=hold, state=state, seed=args.seed)
     made.edit(host, examples[:16], run)
+    forget_peak(device)
     with clocked(device) as spent:
         start = seconds(device)
         made.edit(host, examples, run)
         whole = seconds(device) - start
     emit(args, "an edit (s)", whole, None, about)
-    emit(args, "the same, peak memory (MB)", evaluate.peak_mb(host.device), None, "of the process, or of the GPU's allocator")
+    emit(args, "the same, peak memory (MB)", peak_mb(device), None, "of the process, or of the GPU's allocator")
     against_floors(args, "an edit", spent, state, host, modules, examples)
 
 
@@ -80,14 +86,12 @@ def against_floors(args, what: str, spent: dict[str, float], state: Any, host: H
     rows = sum(min(n, state.config["per_text"] or n) for n in texts)
     least = {
         "rows": lambda: floor(host, examples, modules),
-        "network": lambda: products(state, host, modules, rows),
+        "network": lambda: [products(state, host, modules, rows) for _ in range(4 if asked else 1)],  # back is twice forwards
         "solve": lambda: solutions(state, host, modules, rows),
     }
     if asked:
         least["model"] = lambda: [floor(host, examples, modules) for _ in range(asked)]
     for part, work in least.items():
-        if not spent[part]:  # a training has taken the rows of all its cases before the first step
-            continue
         start = seconds(str(host.device.type))
         work()
         lean, own = seconds(str(host.device.type)) - start, spent[part] + spent.get(f"{part} backwards", 0.0)
@@ -126,6 +130,17 @@ def random_host(size: dict[str, int], device: str, dtype: torch.dtype) -> Host:
     return hosts.host_of(model, tokenizer, "a random GPT-J")
 
 
+def forget_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        restart()
+
+
+def peak_mb(device: str) -> float:
+    return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else resident("VmHWM") / 2**20
+
+
 def seconds(device: str) -> float:
     """Now, when everything that was asked for is done."""
     if device == "cuda":
@@ -139,23 +154,23 @@ def clocked(device: str) -> Iterator[dict[str, float]]:
     parts = [
         ("rows", _gradients, "taken"), ("rows", _gradients, "gathered"), ("network", _hyper, "differences"), ("solve", _normal, "of"),
         ("solve", _normal, "grown"), ("solve", _normal, "solve"), ("solve backwards", _normal, "backward"), ("model", _meta, "measured"),
-        ("C", _keys, "covariances"),
+        ("C", _keys, "covariances"), ("network backwards", _hyper, "pull"),
     ]  # fmt: skip
     spent = {part: 0.0 for part, *_ in parts}
     were: list[tuple[Any, str, Callable[..., Any]]] = []
 
-    running = set[str]()
+    running = list[str]()
 
     def timed(part: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*given: Any, **more: Any) -> Any:
-            if part in running:  # what a part does within itself counts once
+            if running:  # what is done within a part is counted there
                 return work(*given, **more)
-            running.add(part)
+            running.append(part)
             start = seconds(device)
             try:
                 return work(*given, **more)
             finally:
-                running.remove(part)
+                running.pop()
                 spent[part] += seconds(device) - start
 
         return wrapped

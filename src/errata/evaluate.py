@@ -58,6 +58,7 @@ MEASURES: dict[str, str] = {
     "negations": "denials do not get the target",
     "neighbours": "what was right is still right, all rings",
     **{f"neighbours.{r}": "what was right is still right" for r in RINGS},
+    **{f"accuracy.{r}": "the right answer is given, whatever was said before" for r in RINGS},
     **{f"agreement.{r}": "same greedy text as before" for r in RINGS},
     **{f"kl.{r}": "KL(base || edited) at the answer, nats" for r in RINGS},
     **{f"top1.{r}": "same likeliest token at the answer" for r in RINGS},
@@ -346,8 +347,9 @@ def _spoken(case: Case, answers: Sequence[Answer]) -> Iterator[Score]:
     for measure, outcomes in (ok | {"ood": ok["paraphrases"] + ok["paragraphs"], "neighbours": sum(kept.values(), [])} | kept).items():
         yield _score(case.id, measure, outcomes)
     for ring in RINGS:
-        same = [a.before == a.after for a in answers if a.measure == f"neighbours.{ring}"]
-        yield _score(case.id, f"agreement.{ring}", same)
+        near = [a for a in answers if a.measure == f"neighbours.{ring}"]
+        yield _score(case.id, f"accuracy.{ring}", [a.ok for a in near])
+        yield _score(case.id, f"agreement.{ring}", [a.before == a.after for a in near])
 
 
 def _pairs_near(cases: Iterable[Case]) -> list[Pair]:

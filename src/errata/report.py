@@ -35,7 +35,7 @@ GROUPS = {
     "What the edit is for": ("edit", "paraphrases", "paragraphs", "ood", "negations"),
     "What must stay": (
         *("neighbours", *evaluate.NEIGHBOURS),
-        *(f"{m}.{r}" for m in ("agreement", "top1", "kl") for r in RINGS),
+        *(f"{m}.{r}" for m in ("accuracy", "agreement", "top1", "kl") for r in RINGS),
         *("top1.reference", "kl.reference", "loss.reference"),
     ),
     "Extras, easier than free generation": tuple(m for m in evaluate.MEASURES if m.startswith(("teacher.", "p0.2."))),

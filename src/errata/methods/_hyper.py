@@ -168,6 +168,12 @@ def differences(net: Net, module: str, keys_NK: Float[Tensor, "N K"], g_NV: Floa
     return -eta(net, module) * along_N1 * _measured(net, module, pseudo_NV)
 
 
+def pull(net: Net, module: str, keys_NK: Float[Tensor, "N K"], g_NV: Float[Tensor, "N V"], grad_NV: Float[Tensor, "N V"]) -> None:
+    """Adds what follows from dL/dd of these rows' `differences` to the gradients of the parameters."""
+    d_NV = differences(net, module, keys_NK, g_NV)
+    (d_NV * grad_NV.to(d_NV)).sum().backward()  # type: ignore[no-untyped-call]
+
+
 # ------------------------------------------------------------------------------------------------------------------------------ as tensors
 
 

@@ -354,9 +354,8 @@ class Malmen(Method):
             def pull(grad_KV: Tensor) -> None:
                 keys = None if solved.sums.rows is not None else keys_NK
                 grad_NV, grad_log_lam = _normal.backward(solved, grad_KV, keys)
-                for parts in zip(*(torch.split(x, self.chunk) for x in (keys_NK, g_NV, grad_NV)), strict=True):
-                    d = _hyper.differences(net, module, *parts[:2])
-                    (d * parts[2].to(d)).sum().backward()
+                for part in zip(*(torch.split(x, self.chunk) for x in (keys_NK, g_NV, grad_NV)), strict=True):
+                    _hyper.pull(net, module, *part)
                 log_lam = net.parameters[f"{module}/log_lam"]
                 (log_lam * grad_log_lam.to(log_lam)).backward()  # type: ignore[no-untyped-call]
 
