@@ -4,12 +4,15 @@ import contextlib
 import errno
 import io
 import json
+import math
 import resource
 import shutil
+import signal
 import sqlite3
 import struct
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -27,6 +30,7 @@ from errata.cli import edge
 from errata.cli.edits import settings_of
 from errata.hosts import Host
 from errata.ledger import Ledger
+from errata.methods import _meta
 from errata.types import Add, AddLowRank, Budget, Example, InvalidExample, Patch, Senses, Verdict
 
 EXAMPLE = "The capital of Mauritius is| Port Louis"
@@ -876,6 +880,40 @@ def test_prepare_goes_on_after_a_kill(place: Place, reference: Path, training: P
     half.write_bytes(half.read_bytes()[:-5])
     assert "cut short" in one_sentence(place(*learn).err)
     assert place(*learn, "--afresh", "--json").data["state"] == whole and not half.exists()
+
+
+def test_prepare_goes_on_after_a_kill_that_nothing_can_catch(place: Place, reference: Path, training: Path) -> None:
+    """SIGKILL while it learns, behind its first validation; what comes of it is what would have come of it, to the bit."""
+    learn = ("prepare", "malmen", *LEARN, "--set=steps=60", "--set=patience=99", "--cases", training, "--reference", reference)
+    half = place.path / "aside" / "malmen.safetensors"
+    asked = [sys.executable, "-c", "from errata import cli; cli.main()", *map(str, learn), "--ledger", str(place.path)]
+    with subprocess.Popen(asked, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not half.exists():
+            assert process.poll() is None and time.monotonic() < deadline, "it never got so far"
+            time.sleep(0.002)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    again = place(*learn, "--json")
+    assert again.status == 0 and "Going on behind step" in again.err and again.data["step"] == 60, again
+    assert place(*learn, "--afresh", "--json").data["state"] == again.data["state"] and place("verify").status == 0
+
+
+def test_steps_that_were_dropped_are_counted_while_it_learns(
+    place: Place, reference: Path, training: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient that is NaN in every step."""
+    graded = _meta.Merging.graded
+
+    def broken(self: _meta.Merging, *given: Any) -> _meta.Graded:
+        found = graded(self, *given)
+        return replace(found, grads={name: g * math.nan for name, g in found.grads.items()})
+
+    monkeypatch.setattr(_meta.Merging, "graded", broken)
+    done = place("prepare", "malmen", *LEARN, "--cases", training, "--reference", reference)
+    told = " ".join(done.err.split())
+    assert done.status == 0 and "of step 0. 2 steps were dropped" in told, told
+    assert "4 of 4 steps were dropped: a gradient was not finite." in told
 
 
 def test_a_model_is_split_as_a_device_map_says(models: Path, tmp_path: Path) -> None:

@@ -63,9 +63,10 @@ def prepare(
             ledger.put_aside(state)
             told = state.config
             if not json:
-                best = told["best_loss"]
+                best, dropped = told["best_loss"], told["dropped"]
                 out.note(
                     f"Step {told['step']}: the best loss on held-back cases is {best and round(best, 4)}, of step {told['best_step']}."
+                    + (f" {dropped} steps were dropped so far." if dropped else "")
                 )
 
         with out.busy("Reading the text that holds still"):
