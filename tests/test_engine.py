@@ -22,6 +22,8 @@ from work import deadly, sleeping
 from errata import apply, build, engine, hosts
 from errata.hosts import Host
 from errata.methods import _gradients
+from errata.methods.alphaedit import Alphaedit
+from errata.methods.memit import Memit
 from errata.methods.ultraedit import Ultraedit
 from errata.types import Budget, EngineError, Example, InvalidExample, MissingExtra, Run, Spread, UnknownName, WrongBase, here
 
@@ -56,12 +58,21 @@ def two() -> Iterator[Spread]:
             yield spread
 
 
-@pytest.mark.parametrize("method", [Ultraedit(held=4), malmen(rounds=2, tokens="all"), mend()], ids=["ultraedit", "malmen", "mend"])
-def test_the_patch_is_the_same(saved: Host, two: Spread, method: Any) -> None:
-    run = replace(RUN, state=None if isinstance(method, Ultraedit) else method.prepare(saved, CASES, RUN))
+VALUES: dict[str, Any] = {"layers": "0", "steps": 3, "contexts": 1, "batch_size": 32}  # several shards
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Ultraedit(held=4), malmen(rounds=2, tokens="all"), mend(), Memit(held=4, **VALUES), Alphaedit(held=0, **VALUES)],
+    ids=["ultraedit", "malmen", "mend", "memit", "alphaedit"],
+)
+def test_the_patch_is_the_same(saved: Host, two: Spread, method: Any, tmp_path: Path) -> None:
+    """Also where a worker is killed on the way."""
+    run = replace(RUN, state=method.prepare(saved, CASES, RUN))
     wanted = method.edit(saved, EXAMPLES, run)
-    assert method.edit(saved, EXAMPLES, replace(run, spread=two)).id == wanted.id
-    assert wanted.id != method.edit(saved, EXAMPLES[:-1], run).id
+    assert method.spreads and method.edit(saved, EXAMPLES, replace(run, spread=two)).id == wanted.id
+    assert method.edit(saved, EXAMPLES, replace(run, spread=deadly(two, tmp_path / "killed", 1))).id == wanted.id
+    assert (tmp_path / "killed").exists() and wanted.id != method.edit(saved, EXAMPLES[:-1], run).id
 
 
 def test_a_worker_that_is_killed_changes_neither_the_patch_nor_that_there_is_one(
@@ -179,5 +190,8 @@ def test_the_command_line_builds_and_prepares_on_workers(
         made.append((state, cli("build", "--method", "malmen", *on).data["patch"]))
     assert made[0] == made[1]
     assert used == [("local", 2, None)] * 2 + [("ray", 2, None)] * 2
+    tuned = ("--method", "finetune", "--set=steps=1", "--set=restated=0", "--reference", held, "--ledger", "ray", "--device", "cpu")
+    done = cli("build", *tuned, "--engine", "ray")
+    assert "there is nothing to share: it is built here" in " ".join(done.err.split()) and used[-1][0] == "local"
     alone = cli("build", "--engine", "rya", "--ledger", "ray")
     assert alone.status == 1 and "Unknown engine 'rya'" in alone.err

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, final, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, final, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -987,8 +987,11 @@ class Rows:
 class Method(ABC):
     """The one interface. Subclasses are @final frozen dataclasses whose fields are the hyper-parameters.
 
-    A method whose edit is a sum over its examples on the base offers besides what `Summed` says.
+    A method whose edit is a sum over its examples on the base offers besides what `Summed` says. `spreads`: whether what it does with the
+    examples are shards of `Run.spread`.
     """
+
+    spreads: ClassVar[bool] = False
 
     def prepare(self, host: "Host", train_cases: Iterable[Case], run: Run) -> State | None:
         """Once for each base model. The default has nothing to prepare."""

@@ -147,7 +147,7 @@ def build(
     from errata import build as road
     from errata import engine as engines
     from errata import evaluate, gate, methods, text
-    from errata.types import InvalidExample, Summed
+    from errata.types import InvalidExample
 
     out, auto = Out(json=json), method == AUTO
     if auto and (set_ or plan or engine != "local"):
@@ -174,8 +174,8 @@ def build(
         if auto:
             _build_best(ledger, host, examples, out, neighbours, budget=budget, reference=reference, watched=near, seed=seed)
             return
-        if engine != "local" and not isinstance(made, Summed):
-            out.note(f"{method} is no sum over its examples, so there is nothing to share: it is built here.")
+        if engine != "local" and not made.spreads:
+            out.note(f"{method} takes all examples together, so there is nothing to share: it is built here.")
             engine = "local"
         with engines.chosen(engine, workers, address) as spread:
             patch, verdict = road.edit(

@@ -90,7 +90,7 @@ def wanted(made: Method, name: str, host: Host, examples: tuple[Example, ...], r
     if width == 1 != len(layers):
         raise InvalidExample(f"{name} rewrites one layer, got {len(layers)}: {', '.join(map(str, layers))}. memit spreads over several.")
     settings = Settings(**{f.name: config[f.name] for f in fields(Settings)})
-    delta_PD = values(host, found, layers[-1], settings, run.progress)
+    delta_PD = values(host, found, layers[-1], settings, run.progress, run.spread)
     return Wanted(still=still[:held], found=found, layers=layers, state=state, delta_PD=delta_PD)
 
 

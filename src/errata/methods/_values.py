@@ -20,7 +20,7 @@ File legend: N rows, T tokens, Q scored tokens, V vocabulary, P places, D model 
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from errata import hooks, hosts, text
 from errata.hosts import Batch, Host
 from errata.methods._descend import goal_losses, kl_sum
-from errata.types import Example, Progress, Run
+from errata.types import Example, Progress, Run, Spread, here
 
 ESSENCE = "{} is a"  # what is said here of a subject should stay
 CHARACTERS = 120  # of a prefix at most
@@ -158,13 +158,21 @@ def last_token(host: Host, ids: Sequence[int], begun: str) -> int:
     return next((k for k in range(len(ids)) if length(ids[: k + 1]) >= wanted), len(ids) - 1)
 
 
-def values(host: Host, found: Sequence[Place], layer: int, settings: Settings, progress: Progress) -> Float[Tensor, "P D"]:
-    """(P, D) what should be added to the output of block `layer` at each place, in float32 or better."""
+def values(
+    host: Host, found: Sequence[Place], layer: int, settings: Settings, progress: Progress, spread: Spread = here
+) -> Float[Tensor, "P D"]:
+    """(P, D) what should be added to the output of block `layer` at each place, in float32 or better. What is optimised side by side is a
+    shard."""
     groups = list(_groups(found, settings.batch_size))
+    parts = spread(host, _optimising, [[found[p] for p in group] for group in groups], (layer, settings))
     out: dict[int, Tensor] = {}
-    for group in progress(groups, "optimising values", len(groups)):
-        out |= zip(group, _values(host, [found[p] for p in group], layer, settings), strict=True)
+    for group, part in zip(groups, progress(parts, "optimising values", len(groups)), strict=True):
+        out |= zip(group, part, strict=True)
     return torch.stack([out[p] for p in range(len(found))])
+
+
+def _optimising(host: Host, shared: tuple[int, Settings]) -> Callable[[list[Place]], Float[Tensor, "P D"]]:
+    return lambda group: _values(host, group, *shared)
 
 
 def _groups(found: Sequence[Place], rows: int) -> Iterator[list[int]]:

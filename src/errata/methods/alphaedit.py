@@ -14,7 +14,7 @@ lies in U no more than text's do takes half of its residual (there: 10, whatever
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from errata.hosts import Host, Weights
 from errata.methods import _keys
@@ -26,6 +26,8 @@ from errata.types import Case, Example, InvalidExample, Method, Op, Patch, Run, 
 class Alphaedit(Method):
     """share: of the energy of text's keys, at most so much lies in the directions that may change. lam: least weight of the L2 penalty. The
     rest: as in `memit`."""
+
+    spreads: ClassVar[bool] = True
 
     share: float = 0.02
     layers: str = ""
@@ -57,5 +59,5 @@ class Alphaedit(Method):
         def solved(lam: float) -> tuple[tuple[Op, ...], Weights]:
             return _keys.spread(host, want.found, want.delta_PD, spaces, lambda own, K: _keys.gains(own[0], K, lam * own[1], run.tell))
 
-        ops = _keys.within(host, want.still, run.budget.epsilon, self.lam, solved)
+        ops = _keys.within(host, want.still, run.budget.epsilon, self.lam, solved, run.spread)
         return Patch(method="alphaedit", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)

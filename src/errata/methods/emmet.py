@@ -12,7 +12,7 @@ Unlike EMMET in EasyEdit@14cea82 the slack has no unit (there: .1, with a C that
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from errata.hosts import Host, Weights
 from errata.methods import _keys
@@ -25,6 +25,8 @@ class Emmet(Method):
     """layers: the one layer; empty: found by tracing. prior: as in `memit`; slack counts in its k^T P^-1 k. slack: the least; a fact with
     the mean key takes 1 / (1 + slack) of its residual when it is alone. held: documents on which slack is raised until the budget is kept;
     with 0 the gate alone keeps it. The rest: as in `memit`."""
+
+    spreads: ClassVar[bool] = True
 
     layers: str = ""
     prior: str = "C"
@@ -63,5 +65,5 @@ class Emmet(Method):
                 lambda own, K: _keys.gains(own[0], K, slack * _keys.mean_energy(own[0], K), run.tell),
             )
 
-        ops = _keys.within(host, want.still, run.budget.epsilon, self.slack, solved)
+        ops = _keys.within(host, want.still, run.budget.epsilon, self.slack, solved, run.spread)
         return Patch(method="emmet", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)

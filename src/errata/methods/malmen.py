@@ -43,7 +43,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -94,6 +94,8 @@ class Malmen(Method):
     many documents at most, and `EACH` for each example. held, ridge, per_key: as in `memit`. chunk: rows that go through the network at
     once; it changes nothing else. rank: of the network's blocks. lam: first value of each module's. share: first length of the
     differences, as a share of the module's outputs. The rest: `_meta.Settings`."""
+
+    spreads: ClassVar[bool] = True
 
     modules: str = ""
     tokens: str = "all"

@@ -12,7 +12,7 @@ prefixes whose mean key is used (there: of the plain prompt); nothing is downloa
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from errata.hosts import Host, Weights
 from errata.methods import _keys
@@ -29,6 +29,8 @@ class Memit(Method):
     budget is kept; with 0 the gate alone keeps it. ridge: multiple of C's mean eigenvalue that is added to it. per_key: tokens of text for
     each dimension of C. contexts: prefixes. The rest: `_values.Settings`.
     """
+
+    spreads: ClassVar[bool] = True
 
     layers: str = ""
     width: int = 0
@@ -62,5 +64,5 @@ class Memit(Method):
         def solved(lam: float) -> tuple[tuple[Op, ...], Weights]:
             return _keys.spread(host, want.found, want.delta_PD, known, lambda own, K: _keys.gains(own[0], K, lam * own[1], run.tell))
 
-        ops = _keys.within(host, want.still, run.budget.epsilon, self.lam, solved)
+        ops = _keys.within(host, want.still, run.budget.epsilon, self.lam, solved, run.spread)
         return Patch(method="memit", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)

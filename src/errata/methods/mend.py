@@ -18,7 +18,7 @@ File legend: N rows, K key width, V value width.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,8 @@ FIXED = ("tokens", "faithful")
 class Mend(Method):
     """modules, tokens, chunk: as in `malmen`. rank: of the network's blocks. share: first length of the edits,
     as a share of the module's outputs. The rest: `_meta.Settings`. It is made for few examples at once; `most` says how many."""
+
+    spreads: ClassVar[bool] = True
 
     modules: str = ""
     tokens: str = "all"

@@ -15,7 +15,7 @@ budget: as in `memit`.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from jaxtyping import Float
 from torch import Tensor
@@ -30,6 +30,8 @@ from errata.types import Case, Example, InvalidExample, Method, Op, Patch, Run, 
 class Nse(Method):
     """p: share of the keys' total size that the selected neurons have, at most; 1 selects all. rounds: at most. again, hopeless: a fact is
     written once more if the missing share of its delta lies between them. The rest: as in `memit`."""
+
+    spreads: ClassVar[bool] = True
 
     p: float = 0.8
     rounds: int = 3
@@ -77,7 +79,7 @@ class Nse(Method):
 
             return _keys.spread(host, want.found, want.delta_PD, C, solve, self.rounds, open_)
 
-        ops = _keys.within(host, want.still, run.budget.epsilon, self.lam, solved)
+        ops = _keys.within(host, want.still, run.budget.epsilon, self.lam, solved, run.spread)
         return Patch(method="nse", config=self.config, parent=host.id, examples=tuple(examples), ops=ops)
 
 

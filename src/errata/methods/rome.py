@@ -14,7 +14,7 @@ C^-1 k alone; Gupta et al. 2024, arXiv 2403.07175), the shift is of the block's 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import final
+from typing import ClassVar, final
 
 from jaxtyping import Float
 from torch import Tensor
@@ -29,6 +29,8 @@ from errata.types import Case, Example, InvalidExample, Method, Patch, Run, Stat
 @dataclass(frozen=True, kw_only=True)
 class Rome(Method):
     """layers: the one layer; empty: found by tracing. The rest: as in `memit`."""
+
+    spreads: ClassVar[bool] = True
 
     layers: str = ""
     slack: float = 1e-3

@@ -20,7 +20,7 @@ its difference (there: 1, whatever the keys), and it rises until the loss on tex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -43,6 +43,8 @@ class Ultraedit(Method):
     """layers: "3-8" or "3,4,5", of whose MLPs the last projection is edited (of a seq2seq, in its decoder); empty: the upper half. eta:
     length of d. prior: "C", "I" or "U". lam: its least weight. held: documents on which lam is raised until the budget is kept;
     with 0 the gate alone keeps it. ridge, per_key: as in `memit`. batch_size: examples in memory at once; it changes nothing else."""
+
+    spreads: ClassVar[bool] = True
 
     layers: str = ""
     eta: float = 1.0
