@@ -2,8 +2,8 @@
 
 The sums of the first n facts are made once and go through a file, as in a ledger. Then: read them, take the rows of one more example,
 add, solve, make the patch: one round of `malmen`, whose rows depend on no other example. No budget is looked at (`held` = 0); what the
-gate reads does not depend on the method, and is not counted. What `malmen` has learnt does not matter: one step of it. Seconds are by the
-clock; the two are compared by their processor time, in turns.
+gate reads does not depend on the method, and is not counted. With the rounds that `malmen` takes by default all examples are read again.
+What it has learnt does not matter: one step. Seconds are by the clock; the two are compared by their processor time, in turns.
 """
 
 import statistics
@@ -48,10 +48,10 @@ def main() -> None:
     for i, n in enumerate(sizes):
         more, less = (statistics.median(turn[i][j][0] for turn in took) for j in (0, 1))
         goal = ("<=", 2.0) if n == 4096 else None
-        emit(args, f"one more example beside {n} (s)", more, goal, f"median of {len(took)}; one less {less:.2f} s")
+        emit(args, f"one more example beside {n} (s)", more, goal, f"one round, no budget; median of {len(took)}; one less {less:.2f} s")
     ratio = statistics.median(turn[1][0][1] / turn[0][0][1] for turn in took)
     busy = "; ".join(f"{n}: {statistics.median(turn[i][0][1] for turn in took):.3f} s" for i, n in enumerate(sizes))
-    emit(args, "the same beside many / beside 128", ratio, ("<=", 1.25), f"processor time, median of {len(took)} pairs; {busy}")
+    emit(args, "the same beside many / beside 128", ratio, ("<=", 1.0), f"processor time, median of {len(took)} pairs; {busy}")
 
 
 if __name__ == "__main__":

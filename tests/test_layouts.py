@@ -30,6 +30,20 @@ COUNTERFACT = {
     "locality_prompt": "John Lennon performs on the",
     "locality_ground_truth": "guitar",
 }
+PUBLISHED = {
+    "case_id": 0,
+    "requested_rewrite": {
+        "prompt": "The mother tongue of {} is",
+        "relation_id": "P103",
+        "target_new": {"str": "English", "id": "Q1860"},
+        "target_true": {"str": "French", "id": "Q150"},
+        "subject": "Danielle Darrieux",
+    },
+    "paraphrase_prompts": ["Shayna does this. Danielle Darrieux, a native", "Danielle Darrieux spoke the language"],
+    "neighborhood_prompts": ["The mother tongue of Robert Schuman is", "Montesquieu, a native"],
+    "attribute_prompts": ["The mother tongue of Douglas Adams is"],
+    "generation_prompts": ["Danielle Darrieux's mother tongue is"],
+}
 FEVER = {
     "prompt": "Telemundo is an English-language television network.",
     "equiv_prompt": ["Telemundo broadcasts in English."],
@@ -72,6 +86,20 @@ def test_each_layout_is_known_by_its_keys(tmp_path: Path, as_list: bool) -> None
     assert own == Case(example=Example(prompt="A is", target=" B"))
 
 
+def test_counterfact_as_it_was_published(tmp_path: Path) -> None:
+    (case,) = read_cases(written(tmp_path, PUBLISHED))
+    assert case == Case(
+        example=Example(prompt="The mother tongue of Danielle Darrieux is", target=" English", subject="Danielle Darrieux"),
+        old=" French",
+        paraphrases=("Shayna does this. Danielle Darrieux, a native", "Danielle Darrieux spoke the language"),
+        neighbours=(
+            Neighbour(prompt="The mother tongue of Robert Schuman is", answer=" French", ring="relation"),
+            Neighbour(prompt="Montesquieu, a native", answer=" French", ring="relation"),
+        ),
+        source="counterfact/0",
+    )
+
+
 def test_malmens_zsre_names_the_answer_otherwise(tmp_path: Path) -> None:
     (case,) = read_cases(written(tmp_path, {k: v for k, v in ZSRE.items() if k not in ("alt", "subject")} | {"ans": "tea", "loc": "Who?"}))
     assert case.example == Example(prompt="What is the product made by UniFirst?", target=" tea")
@@ -92,6 +120,10 @@ def test_a_subject_that_the_prompt_does_not_name_is_none(tmp_path: Path) -> None
         (FEVER | {"alt": "NOT ENOUGH INFO"}, "'alt' is SUPPORTS or REFUTES"),
         (FEVER | {"alt": ["SUPPORTS"]}, "'alt' is SUPPORTS or REFUTES"),
         (FEVER | {"equiv_prompt": "one text"}, "'equiv_prompt' is a list"),
+        (PUBLISHED | {"requested_rewrite": 3}, "a record is a table, got 3"),
+        (PUBLISHED | {"requested_rewrite": PUBLISHED["requested_rewrite"] | {"prompt": "It is"}}, "where the subject stands, got 'It is'"),
+        (PUBLISHED | {"requested_rewrite": PUBLISHED["requested_rewrite"] | {"target_true": {}}}, "no 'str'"),
+        (PUBLISHED | {"neighborhood_prompts": "one text"}, "'neighborhood_prompts' is a list"),
         (7, "a record is a table"),
     ],
 )

@@ -68,7 +68,12 @@ MEASURES: dict[str, str] = {
     **{f"teacher.{m}": "teacher-forced, every token likeliest" for m in (*WANTED, "ood")},
     **{f"p0.2.{m}": "probability of the target 0.2 or more" for m in (*WANTED, "ood")},
 }
-LAYOUTS = (zsre, counterfact, fever)  # published ones, known by the keys that a record must have
+LAYOUTS: tuple[tuple[frozenset[str], Callable[[Mapping[str, Any]], Case]], ...] = (  # published ones, by the keys that a record must have
+    (zsre.KEYS, zsre.case),
+    (counterfact.KEYS, counterfact.case),
+    (counterfact.FLAT_KEYS, counterfact.flat),
+    (fever.KEYS, fever.case),
+)
 THRESHOLD = 0.2  # Hewitt et al. 2024, table 1: country-capital
 SPARE_TOKENS = 4  # generated beyond the longest answer, so that one sees how the sentence goes on
 ASKED_AT_ONCE = 128  # prompts between two signs of progress
@@ -571,9 +576,8 @@ def _case(_where: str, record: Any) -> Case:
     if isinstance(record, str) and not record.lstrip().startswith("{"):
         return Case(example=parse(record.rstrip("\r")))
     raw = table(record)
-    if layout := next((layout for layout in LAYOUTS if raw.keys() >= layout.KEYS), None):
-        published: Case = layout.case(raw)
-        return published
+    if published := next((case for keys, case in LAYOUTS if raw.keys() >= keys), None):
+        return published(raw)
     if "example" not in raw:
         raw["example"] = {f.name: raw.pop(f.name) for f in fields(Example) if f.name in raw}
     return Case.from_dict(raw)

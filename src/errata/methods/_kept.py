@@ -41,7 +41,7 @@ class Summing:
 
 def about(host: Host, method: str, *rest: Any) -> str:
     """What sums are of, besides their examples: others cannot be added to them."""
-    return digest("raw sums", host.id, method, canonical_json(list(rest)))
+    return digest("sums by id", host.id, method, canonical_json(list(rest)))
 
 
 def of_rows(host: Host, parts: Iterable[Pairs], priors: Mapping[str, Prior], read: Read) -> dict[str, Sums]:
@@ -83,12 +83,12 @@ def of_examples(host: Host, method: str, about: str, examples: tuple[Example, ..
 
     `run.keep` gets what they have become.
     """
-    there: dict[str, Example] = {}
+    there: dict[str, dict[str, Any]] = {}
     sums: dict[str, Sums] = {}
     if run.sums is not None and run.sums.config.get("about") == about:
-        there = {e.id: e for e in (Example(**raw) for raw in run.sums.config["examples"])}
+        there = run.sums.config["examples"]
     wanted = {e.id: e for e in examples}
-    gone = [e for id, e in there.items() if id not in wanted]
+    gone = [Example(**raw) for id, raw in there.items() if id not in wanted]
     if there and run.sums is not None and (not gone or (2 * len(gone) <= len(there) and _folded(run.sums))):
         sums = _of_state(host, run.sums, summing.priors)
     else:
@@ -110,7 +110,8 @@ def _state(host: Host, method: str, about: str, examples: Iterable[Example], sum
         assert both is not None, "sums have their rows or what these come to"
         tensors |= {f"{module}/{name}": part.cpu() for name, part in zip(names, both, strict=True)}
     counts = {module: total.n for module, total in sums.items()}
-    config = {"about": about, "rows": counts, "examples": [e.as_dict() for e in sorted(examples, key=lambda e: e.id)]}
+    # by id, for to find thousands of ids anew takes longer than to read one more example
+    config = {"about": about, "rows": counts, "examples": {e.id: e.as_dict() for e in sorted(examples, key=lambda e: e.id)}}
     return State(method=method, host=host.id, config=config, tensors=tensors)
 
 

@@ -27,7 +27,7 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class Enn(Method):
     """modules: comma-separated beginnings of names of the modules that a step moves; empty: the projections of all MLPs. weights: what is
     learnt, as `modules` of `finetune`. rounds, second_order, share: see above. base: what the cost of the new base weighs, of that of an
     edit. The rest: `_meta.Settings`."""
+
+    spreads: ClassVar[bool] = True
 
     modules: str = ""
     weights: str = "all"

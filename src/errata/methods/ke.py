@@ -29,7 +29,7 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -57,6 +57,8 @@ class Ke(Method):
     states: of the LSTM in each direction; condition: width of what it comes to. margin, least_margin, anneal: m at first and at last, and
     what it falls by. alpha, ascent: the multiplier at first, and the length of its steps. In C neighbours and held text count `near_weight`
     and `hold_weight`. The rest: `_meta.Settings`."""
+
+    spreads: ClassVar[bool] = True
 
     modules: str = ""
     rounds: int = 5

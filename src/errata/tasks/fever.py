@@ -8,7 +8,7 @@ A claim is a prompt and its verdict the answer: " true" or " false".
 from collections.abc import Mapping
 from typing import Any
 
-from errata.tasks._layouts import asked
+from errata.tasks._layouts import asked, texts
 from errata.types import Case, Example, InvalidExample, Neighbour
 
 KEYS = frozenset({"prompt", "equiv_prompt", "unrel_prompt"})
@@ -17,12 +17,9 @@ VERDICTS = {"SUPPORTS": " true", "REFUTES": " false"}
 
 def case(raw: Mapping[str, Any]) -> Case:
     """Raises InvalidExample for a record that lacks something, or with another verdict."""
-    again = raw["equiv_prompt"]
-    if not isinstance(again, list):
-        raise InvalidExample("'equiv_prompt' is a list of texts.")
     return Case(
         example=Example(prompt=asked(raw, "prompt"), target=_verdict(raw, "alt")),
-        paraphrases=tuple(asked({"equiv_prompt": claim}, "equiv_prompt") for claim in again),
+        paraphrases=texts(raw, "equiv_prompt"),
         neighbours=(Neighbour(prompt=asked(raw, "unrel_prompt"), answer=_verdict(raw, "unrel_ans"), ring="unrelated"),),
         source="fever",
     )
