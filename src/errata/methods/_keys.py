@@ -271,6 +271,8 @@ def spread(
     MEMIT; what the layers above make of it is measured before the next takes its share). Keys and hidden states are means over prefixes,
     both of them, so that the last equation holds for what it was solved for (Gupta et al. 2024, arXiv 2403.07175, "R-ROME").
 
+    Keys and values of all places are in memory meanwhile: P (K + D) numbers for each layer.
+
     In each further round the same for the places whose missing part is a share of |delta| inside `open_`; the others' keys are in the
     sums with nothing missing, so that they stay where they are.
     """
