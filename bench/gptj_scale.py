@@ -1,8 +1,8 @@
 """malmen at the size of GPT-J: seconds and peak memory of an edit and of one step of meta-training, each part against its floor.
 
 Random weights (what they say does not matter for time): 28 blocks of width 4,096 in bfloat16, the last projections of the last six MLPs,
-8,192 facts, where there is a GPU; elsewhere 8 blocks of width 256 in float32 and 512 facts, with --quick 64. A step of meta-training has as
-many, but no more than the 1,700 that the lab's training cases are good for. The peak of each is counted from where it begins.
+8,192 facts in an edit and in a step of meta-training, where there is a GPU; elsewhere 8 blocks of width 256 in float32 and 512 facts, with
+--quick 64. The lab has fewer cases than that: the others say the same with more before it. Peaks are counted from where each begins.
 
     rows       keys and value gradients, forwards and back   floor: the same texts through `bench/edit_floor.py`'s lean pass
     network    the hypernetwork on all rows                  floor: its matrix products alone
@@ -19,6 +19,7 @@ has lost.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from errata import hosts, methods
 from errata.hosts import Host
 from errata.lab import tasks
 from errata.methods import _gradients, _hyper, _keys, _meta, _normal
-from errata.types import Run
+from errata.types import Case, Run
 
 LARGE = {"n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64, "n_positions": 2048}
 SMALL = {"n_embd": 256, "n_layer": 8, "n_head": 8, "rotary_dim": 16, "n_positions": 256}
@@ -45,12 +46,10 @@ def main() -> None:
     n = 8192 if large else 64 if args.quick else 512
     host = random_host(LARGE if large else SMALL, device, torch.bfloat16 if large else torch.float32)
     modules = host.module_names((host.layout.mlp_out,), range(host.blocks - EDITED, host.blocks))
-    # more facts than the lab has: an example is a prompt and an answer, whatever they say
-    known = [tasks.example(fact) for fact in tasks.choose(("train", "validation", "test"), min(n, 6000), seed=args.seed)]
-    examples = tuple(known) + tuple(type(e)(prompt=f"Again: {e.prompt}", target=e.target) for e in known[: n - len(known)])
-    hold = tuple(f"{e.prompt}{e.target}." for e in known[:400])
-    learning = tasks.cases("train", min(n, 1900), seed=args.seed)
-    size = {"least": min(n, 1700), "most": min(n, 1700)} | ({"near": 8, "hold": 4, "asked": 1} if args.quick else {})
+    examples = tuple(case.example for case in cases(n, args.seed))
+    hold = tuple(f"{e.prompt}{e.target}." for e in examples[:400])
+    learning = cases(n + n // 8 + 2, args.seed)  # a share of them validates
+    size = {"least": n, "most": n} | ({"near": 8, "hold": 4, "asked": 1} if args.quick else {})
     _meta.REMEMBERED = 0
     made = methods.make("malmen", modules=",".join(modules), held=0, restated=0, rounds=1, steps=1, **size)
     about = f"{n} facts, {EDITED} modules of {host.model.get_parameter(f'{modules[0]}.weight').numel() / 1e6:.1f} M weights, {device}"
@@ -64,8 +63,7 @@ def main() -> None:
     told = ", ".join(f"{k} {v:.2f} s" for k, v in spent.items())
     emit(args, "meta-training of one step, with what comes before and after it (s)", whole, None, f"{len(learning)} cases; {told}; {about}")
     emit(args, "the same, peak memory (MB)", peak_mb(device), None, "of the process, or of the GPU's allocator")
-    together = tuple(c.example for c in learning[: size["most"]])
-    against_floors(args, "a step", step, state, host, modules, together, asked=made.config["asked"])
+    against_floors(args, "a step", step, state, host, modules, examples, asked=made.config["asked"])
     emit(args, "a step: the rest (s)", step["whole"] - sum(v for k, v in step.items() if k != "whole"), None, f"of {step['whole']:.2f} s")
 
     run = Run(hold=hold, state=state, seed=args.seed)
@@ -78,6 +76,16 @@ def main() -> None:
     emit(args, "an edit (s)", whole, None, about)
     emit(args, "the same, peak memory (MB)", peak_mb(device), None, "of the process, or of the GPU's allocator")
     against_floors(args, "an edit", spent, state, host, modules, examples)
+
+
+def cases(n: int, seed: int) -> list[Case]:
+    """So many cases: those of the lab, and again with more before their prompts. What they say does not matter."""
+    known = tasks.cases("train", min(n, 1984), seed=seed)
+
+    def again(case: Case, times: int) -> Case:
+        return replace(case, example=replace(case.example, prompt=f"Told {times} times: {case.example.prompt}", subject=None))
+
+    return [again(known[i % len(known)], i // len(known)) if i >= len(known) else known[i] for i in range(n)]
 
 
 def against_floors(args, what: str, spent: dict[str, float], state: Any, host: Host, modules: list[str], examples, asked: int = 0) -> None:
