@@ -544,8 +544,8 @@ def outputs(host: Host, module: str, keys_NK: Float[Tensor, "N K"]) -> Float[Ten
 
 
 def as_published(made: Method, values: Mapping[str, object]) -> None:
-    """Puts published settings in the place of those of a `faithful` method, while it is made; n is the same in every step then."""
-    for name, value in {**values, "least": made.config["most"]}.items() if made.config["faithful"] else ():
+    """Puts published settings in the place of those of a `faithful` method, while it is made."""
+    for name, value in values.items() if made.config["faithful"] else ():
         object.__setattr__(made, name, value)
 
 

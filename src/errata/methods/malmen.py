@@ -138,7 +138,7 @@ class Malmen(Method):
         if self.spared < 0:
             raise InvalidExample(f"malmen spares 0 documents or more, got {self.spared}.")
         _meta.check("malmen", self.config)
-        _meta.as_published(self, FAITHFUL)
+        _meta.as_published(self, FAITHFUL | {"least": self.most})
 
     def prepare(self, host: Host, train_cases: Iterable[Case], run: Run) -> State:
         """The network, the prior of each module, and the phrasings. Raises InvalidExample, UnknownName."""

@@ -69,7 +69,7 @@ class Mend(Method):
         if self.tokens not in ("answer", "all"):
             raise InvalidExample(f'mend takes the tokens "answer" or "all", got {self.tokens!r}.')
         _meta.check("mend", self.config)
-        _meta.as_published(self, FAITHFUL)
+        _meta.as_published(self, FAITHFUL | {"least": self.most})
 
     def prepare(self, host: Host, train_cases: Iterable[Case], run: Run) -> State:
         """The network. Raises InvalidExample, UnknownName."""
