@@ -2,13 +2,13 @@
 
 All of them are facts that no meta-training saw: those of the test split, and for 4,096, which are more, of the validation split too.
 `malmen` and `mend` learn first, from the training split, and that is timed. An edit may cost what its number of facts allows (`BALLS`,
-which are the goals, and at 1,024 and more four times what is aimed at; for the T5 and the BERT as many nats per document); what the method
+which are the goals, and at 1,024 four times what is aimed at; for the T5 and the BERT as many nats per document); what the method
 left over, the gate scales.
 
     edit         the example's own prompt, free greedy generation, exact match
     phrasings    unseen phrasings and paragraphs, likewise
     agreement    prompts near it (same subject, same relation, unrelated): the same greedy text as before
-    accuracy     the same prompts: the right answer, as often as before beside it
+    accuracy     the same prompts: the right answer
     loss         relative increase of the mean token loss on text that judges, statements of edited facts set aside
 
 Of more than 128 facts a sample of 128 is asked. `malmen`, `mend`, `ke` and `enn` also edit the lab's T5, which answers questions, and its

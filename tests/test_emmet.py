@@ -30,7 +30,7 @@ def key_and_factor(host: Host) -> tuple[torch.Tensor, torch.Tensor]:
     key_PK, _ = _keys.averaged(host, found, module, f"{host.layout.blocks}.0", {})
     own, _ = _keys.priors(host, Emmet(layers="0").prepare(host, (), RUN), [0], "C", 1e-3)[0]
     assert isinstance(own, Whitened)
-    return key_PK, own.L_KK
+    return key_PK, own.L_KK.tril()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -192,6 +192,6 @@ def test_the_command_line_builds_and_prepares_on_workers(
     assert used == [("local", 2, None)] * 2 + [("ray", 2, None)] * 2
     tuned = ("--method", "finetune", "--set=steps=1", "--set=restated=0", "--reference", held, "--ledger", "ray", "--device", "cpu")
     done = cli("build", *tuned, "--engine", "ray")
-    assert "there is nothing to share: it is built here" in " ".join(done.err.split()) and used[-1][0] == "local"
+    assert "nothing to share among workers: it is built here" in " ".join(done.err.split()) and used[-1][0] == "local"
     alone = cli("build", "--engine", "rya", "--ledger", "ray")
     assert alone.status == 1 and "Unknown engine 'rya'" in alone.err

@@ -453,5 +453,8 @@ def test_faithful_is_what_was_published() -> None:
     assert (method.held, method.rounds, method.asked, method.least) == (0, 1, 1, method.most)
     other = mend(faithful=True)
     assert (other.rank, other.lr, other.rate, other.asked, other.least) == (1920, 1e-6, 1e-4, 1, other.most)
+    for made in (method, other):  # not what is to be replaced is checked
+        assert dataclasses.replace(made, most=made.most + 9).least == made.most + 9
+        assert type(made)(faithful=True, most=1).least == 1
     with pytest.raises(InvalidExample, match="priors"):
         malmen(prior="V")

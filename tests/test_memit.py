@@ -315,7 +315,7 @@ def test_rome_keeps_its_constraint_and_changes_text_least(host: Host) -> None:
     torch.testing.assert_close(change @ key_K, delta_D.double(), rtol=1e-4, atol=1e-4)
     own, _ = _keys.priors(host, method.prepare(host, (), RUN), [0], "C", method.ridge)[0]
     assert isinstance(own, Whitened)
-    L = own.L_KK
+    L = own.L_KK.tril()
     least = (change @ L).square().sum()
     for seed in range(3):
         other = change + 0.1 * (sideways := randn(*change.shape, seed=seed)) - 0.1 * torch.outer(sideways @ key_K, key_K) / (key_K @ key_K)

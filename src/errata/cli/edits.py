@@ -175,7 +175,7 @@ def build(
             _build_best(ledger, host, examples, out, neighbours, budget=budget, reference=reference, watched=near, seed=seed)
             return
         if engine != "local" and not made.spreads:
-            out.note(f"{method} takes all examples together, so there is nothing to share: it is built here.")
+            out.note(f"{method} has nothing to share among workers: it is built here.")
             engine = "local"
         with engines.chosen(engine, workers, address) as spread:
             patch, verdict = road.edit(

@@ -190,7 +190,10 @@ def prior(name: str, C_KK: Float[Tensor, "K K"], ridge: float, share: float = HA
     basis of the directions with at most `share` of the energy of text's keys, where it is what text has in them."""
     if name == "I":
         return Plain(width=len(C_KK)), float(C_KK.diagonal().sum())
-    return null_space(C_KK, share) if name == "U" else (Whitened(L_KK=factor(C_KK, ridge), upper_KK=C_KK), float(len(C_KK)))
+    if name == "U":
+        return null_space(C_KK, share)
+    both_KK = factor(C_KK, ridge).tril_() + C_KK.triu(1)  # one matrix, for there is one for each layer
+    return Whitened(L_KK=both_KK, upper_KK=both_KK), float(len(C_KK))
 
 
 def kept(priors: Mapping[str, Prior]) -> dict[str, Float[Tensor, "K R"]]:

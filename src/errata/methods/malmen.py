@@ -137,8 +137,8 @@ class Malmen(Method):
             raise InvalidExample(f"malmen takes so many rows of a text as per_text says, all with 0, got {self.per_text}.")
         if self.spared < 0:
             raise InvalidExample(f"malmen spares 0 documents or more, got {self.spared}.")
-        _meta.check("malmen", self.config)
         _meta.as_published(self, FAITHFUL | {"least": self.most})
+        _meta.check("malmen", self.config)
 
     def prepare(self, host: Host, train_cases: Iterable[Case], run: Run) -> State:
         """The network, the prior of each module, and the phrasings. Raises InvalidExample, UnknownName."""

@@ -68,8 +68,8 @@ class Mend(Method):
     def __post_init__(self) -> None:
         if self.tokens not in ("answer", "all"):
             raise InvalidExample(f'mend takes the tokens "answer" or "all", got {self.tokens!r}.')
-        _meta.check("mend", self.config)
         _meta.as_published(self, FAITHFUL | {"least": self.most})
+        _meta.check("mend", self.config)
 
     def prepare(self, host: Host, train_cases: Iterable[Case], run: Run) -> State:
         """The network. Raises InvalidExample, UnknownName."""
