@@ -4,7 +4,7 @@
                                                                 Jiang et al. 2024, arXiv 2410.04045
 
 Three differences from MEMIT: every value is found with the original weights ("weights rewinding"; here all methods do so), only the
-selected coordinates of the keys take part in the solve, with the C of those alone (and its ridge), and there are up to `rounds` rounds over the layers, the
+selected coordinates of the keys take part in the solve, with the C of those alone, and there are up to `rounds` rounds over the layers, the
 further ones for the facts of which a part is still missing.
 
 Unlike AlphaEdit/nse@f5248d3 what counts as missing has no unit: |z - h| / |delta| between `again` and `hopeless` (there: |z - h| between 15
