@@ -123,6 +123,7 @@ def test_a_subject_that_the_prompt_does_not_name_is_none(tmp_path: Path) -> None
         (PUBLISHED | {"requested_rewrite": 3}, "a record is a table, got 3"),
         (PUBLISHED | {"requested_rewrite": PUBLISHED["requested_rewrite"] | {"prompt": "It is"}}, "where the subject stands, got 'It is'"),
         (PUBLISHED | {"requested_rewrite": PUBLISHED["requested_rewrite"] | {"target_true": {}}}, "no 'str'"),
+        (PUBLISHED | {"requested_rewrite": PUBLISHED["requested_rewrite"] | {"target_new": "French"}}, "'target_new' is to be a table"),
         (PUBLISHED | {"neighborhood_prompts": "one text"}, "'neighborhood_prompts' is a list"),
         (7, "a record is a table"),
     ],

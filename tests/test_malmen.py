@@ -443,6 +443,9 @@ def test_faithful_edits_the_uppermost_mlps_of_each_stack(monkeypatch: pytest.Mon
     monkeypatch.setattr(_meta, "EDITED", 1)
     assert _meta.modules_of(tiny_host("gpt2"), "", upper=True) == ["transformer.h.1.mlp.c_proj"]
     assert _meta.modules_of(tiny_host("gpt2"), "") != ["transformer.h.1.mlp.c_proj"]
+    for method in (malmen(faithful=True, steps=1), mend(faithful=True, steps=1)):
+        state = method.prepare(tiny_host("gpt2"), CASES, RUN)
+        assert state is not None and state.config["modules"] == ["transformer.h.1.mlp.c_proj"]
     both = _meta.modules_of(tiny_host("t5"), "", upper=True)
     assert [m.split(".")[0] for m in both] == ["encoder", "decoder"] and both[0].endswith("block.1.layer.1.DenseReluDense.wo")
 

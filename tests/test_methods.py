@@ -3,6 +3,7 @@
 A new method is one row in ROWS: how to make it small and quick. What it cannot do is declared in `cannot` with the reason.
 """
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -290,6 +291,22 @@ def test_a_method_with_a_solve_tells_its_condition(row: Row) -> None:
         assert told and all(name == "condition" and value > 0.99 for name, value in told)
     else:
         assert not told
+
+
+@rows
+def test_what_it_shares_among_workers_is_what_it_says(row: Row, tiny_gpt2: Host) -> None:
+    """Its shards and what they share can be pickled, and the patch is the same."""
+    made, used = row.make(), []
+
+    def packed(host: Host, begin: Any, shards: Any, shared: Any) -> Any:
+        used.append(len(shards))
+        begin, shared = pickle.loads(pickle.dumps((begin, shared)))
+        return map(begin(host, shared), pickle.loads(pickle.dumps(list(shards))))
+
+    wanted = made.edit(tiny_gpt2, EXAMPLES, RUN).id
+    used.clear()
+    assert made.edit(tiny_gpt2, EXAMPLES, replace(RUN, spread=packed)).id == wanted
+    assert bool(used) == method_class(row.method).spreads
 
 
 def farthest(host: Host, a: Patch, b: Patch) -> float:

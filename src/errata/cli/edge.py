@@ -99,7 +99,7 @@ Reference = Annotated[
     Path | None,
     typer.Option(help="Text or JSONL file that the model must go on modelling. \\[default: the lab's, or sampled]", show_default=False),
 ]
-Engine = Annotated[str, typer.Option(help="local, or ray: its workers share what a method sums over examples, to the same bits.")]
+Engine = Annotated[str, typer.Option(help="local, or ray: its workers share what falls into examples or batches, to the same bits.")]
 Workers = Annotated[int, typer.Option(min=1, help="How many, with --engine ray.")]
 Address = Annotated[
     str | None,

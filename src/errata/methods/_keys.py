@@ -166,11 +166,16 @@ def check_prior(method: str, name: str) -> None:
         raise InvalidExample(f'{method} has the priors "C", "I" and "U", got {name!r}.')
 
 
-def factor(C_KK: Float[Tensor, "K K"], ridge: float) -> Float[Tensor, "K K"]:
-    """The lower factor of C + ridge * mean eigenvalue * I."""
+def ridged(C_KK: Float[Tensor, "K K"], ridge: float) -> Float[Tensor, "K K"]:
+    """C + ridge * mean eigenvalue * I."""
     P_KK = C_KK.clone()
     P_KK.diagonal().add_(ridge * C_KK.diagonal().mean())
-    L_KK: Tensor = torch.linalg.cholesky(P_KK)
+    return P_KK
+
+
+def factor(C_KK: Float[Tensor, "K K"], ridge: float) -> Float[Tensor, "K K"]:
+    """The lower factor of `ridged`."""
+    L_KK: Tensor = torch.linalg.cholesky(ridged(C_KK, ridge))
     return L_KK
 
 

@@ -196,7 +196,9 @@ def learnt(host: Host, lesson: Lesson, cases: Sequence[Case], run: Run, s: Setti
     """
     if len(cases) < 4:
         raise InvalidExample(f"{lesson.name} learns from training cases: 4 or more are needed, got {len(cases)}.")
-    about = digest(lesson.name, host.id, canonical_json([dict(lesson.config), run.seed]), *sorted(c.id for c in cases), *run.hold)
+    about = digest(
+        lesson.name, host.id, canonical_json([dict(lesson.config), list(lesson.modules), run.seed]), *sorted(c.id for c in cases), *run.hold
+    )
     school = School(host, lesson, cases, run, s)
 
     def state(point: Point, net: Net, **more: object) -> State:

@@ -71,11 +71,13 @@ class Nse(Method):
     def edit(self, host: Host, examples: tuple[Example, ...], run: Run) -> Patch:
         want = _keys.wanted(self, "nse", host, examples, run, self.held)
         C = _keys.covariances_of(host, want.state, want.layers)
+        if self.prior == "C":  # that of all neurons, whichever are selected
+            C = {layer: _keys.ridged(C_KK, self.ridge) for layer, C_KK in C.items()}
         open_ = (self.again, self.hopeless)
 
         def solved(lam: float) -> tuple[tuple[Op, ...], Weights]:
             def solve(C_KK: Tensor, K_KP: Tensor) -> Tensor:
-                return _selected_gains(C_KK, K_KP, lam, self.p, self.prior, self.ridge, run.tell)
+                return _selected_gains(C_KK, K_KP, lam, self.p, self.prior, run.tell)
 
             return _keys.spread(host, want.found, want.delta_PD, C, solve, self.rounds, open_)
 
@@ -97,11 +99,10 @@ def _selected_gains(
     lam: float,
     p: float,
     prior: str = "C",
-    ridge: float = 0.0,
     tell: _keys.Tell = forget,
 ) -> Float[Tensor, "P K"]:
     s = selected(K_KP, p)
-    own, unit = _keys.prior(prior, C_KK[s][:, s], ridge)
+    own, unit = _keys.prior(prior, C_KK[s][:, s], 0.0)
     gains_PK = K_KP.new_zeros(K_KP.shape[1], len(K_KP))
     gains_PK[:, s] = _keys.gains(own, K_KP[s], lam * unit, tell)
     return gains_PK

@@ -23,7 +23,7 @@ def case(raw: Mapping[str, Any]) -> Case:
     form, subject = asked(rewrite, "prompt"), asked(rewrite, "subject")
     if "{}" not in form:
         raise InvalidExample(f"'prompt' is to hold {{}} where the subject stands, got {form!r}.")
-    new, old = (behind(table(rewrite.get(key)), "str") for key in ("target_new", "target_true"))
+    new, old = (_object(rewrite, key) for key in ("target_new", "target_true"))
     return Case(
         example=Example(prompt=form.replace("{}", subject), target=new, subject=subject),
         old=old,
@@ -31,6 +31,12 @@ def case(raw: Mapping[str, Any]) -> Case:
         neighbours=tuple(Neighbour(prompt=prompt, answer=old, ring="relation") for prompt in texts(raw, "neighborhood_prompts")),
         source=f"counterfact/{raw.get('case_id', '')}",
     )
+
+
+def _object(rewrite: Mapping[str, Any], key: str) -> str:
+    if not isinstance(found := rewrite.get(key), Mapping):
+        raise InvalidExample(f"'{key}' is to be a table with 'str', got {found!r}.")
+    return behind(found, "str")
 
 
 def flat(raw: Mapping[str, Any]) -> Case:
