@@ -85,7 +85,7 @@ def main() -> None:
             if name == "malmen" and n <= MANY:
                 usual = methods.make(name, **short)
                 whole = seconds(lambda: usual.edit(host, examples, replace(run, hold=hold)))  # noqa: B023
-                how = f"{usual.config['rounds']} rounds within the budget, of {len(hold)} documents; {whole / n:.3f} s a fact, once"
+                how = f"{usual.config['rounds']} rounds within the budget; documents drawn from {len(hold)}; {whole / n:.3f} s a fact, once"
                 emit(args, f"the same by default ({name}, {n} facts)", whole / statistics.median(p[1] for p in pairs), None, how)
 
 

@@ -66,7 +66,7 @@ def prepare(
                 best, dropped = told["best_loss"], told["dropped"]
                 out.note(
                     f"Step {told['step']}: the best loss on held-back cases is {best and round(best, 4)}, of step {told['best_step']}."
-                    + (f" {dropped} steps were dropped so far." if dropped else "")
+                    + (f" Dropped so far: {dropped}." if dropped else "")
                 )
 
         with out.busy("Reading the text that holds still"):
@@ -78,7 +78,7 @@ def prepare(
         ledger.put_state(state)
         ledger.drop_aside(method)
     if dropped := state.config.get("dropped"):
-        out.note(f"{dropped} of {state.config['step']} steps were dropped: a gradient was not finite.")
+        out.note(f"{dropped} of {state.config['step']} steps dropped: a gradient was not finite.")
     size = sum(t.numel() * t.element_size() for t in state.tensors.values())
     told = {"state": state.id, "method": method, "cases": len(state.trained_on), "bytes": size}
     told |= {key: state.config[key] for key in ("step", "best_step", "best_loss", "dropped") if key in state.config}

@@ -2,7 +2,7 @@
 
     H, B  +  those of the new examples  -  those of the examples that went            for each module, under one prior (`_normal.py`)
 
-What is kept is a State of a few matrices and the list of its examples: it does not grow with them as their rows would. The rows of an
+What is kept is a State of a few matrices and its examples: it does not grow with them as their rows would. The rows of an
 example that went are taken again, on the base, where they are what they were. While the rows are few, and a patch is made of them in
 factors, they are kept as they are; if an example goes then, those of the others are taken anew.
 """

@@ -1,10 +1,10 @@
-"""Keys, their covariance and the solve: how a change of hidden states becomes one of weights. What `memit` and `rome` share.
+"""Keys, their covariance and the solve: how a change of hidden states becomes one of weights. What `memit`, `rome` and their kin share.
 
     Delta = R K^T (lam C + K K^T)^-1        Meng et al. 2023, arXiv 2210.07229, equation 14       C = E[k k^T] over text
     Delta = R (K^T C^-1 K)^-1 K^T C^-1      the same with an equality constraint: Gupta et al. 2024, arXiv 2403.14236
 
 Both are one solve of the sums (`_normal.py`), with lam or without: one Cholesky factor of C for all facts of a layer, in float64, and a
-system as large as there are facts.
+system as large as there are facts. I, or the directions that text hardly uses (U), may stand in the place of C (`prior`).
 
 Unlike memit@80426fd lam is in units of the key width, which is what k^T C^-1 k is on average over the text: with lam = 1 one usual key
 takes half of its residual. C gets a small multiple of the identity, for where it was estimated from little text.

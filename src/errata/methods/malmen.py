@@ -89,11 +89,11 @@ SLOT = "\0"  # what a phrasing speaks of
 @dataclass(frozen=True, kw_only=True)
 class Malmen(Method):
     """modules: comma-separated beginnings of module names; empty: the last projections of up to six MLPs, evenly from the first block to
-    the last. tokens: whose rows are taken, "all" or those that say the "answer"; per_text: so many of them in each text and module, those
-    with the longest gradients, 0 for all. prior: P, "C", "I" or "U" (`_keys.prior`). rounds, caution, restated: see above. spared: so
-    many documents at most, and `EACH` for each example. held, ridge, per_key: as in `memit`. chunk: rows that go through the network at
-    once; it changes nothing else. rank: of the network's blocks. lam: first value of each module's. share: first length of the
-    differences, as a share of the module's outputs. The rest: `_meta.Settings`."""
+    the last (the uppermost ones if `faithful`). tokens: whose rows are taken, "all" or those that say the "answer"; per_text: so many of
+    them in each text and module, those with the longest gradients, 0 for all. prior: P, "C", "I" or "U" (`_keys.prior`). rounds, caution,
+    restated: see above. spared: so many documents at most, and `EACH` for each example. held, ridge, per_key: as in `memit`. chunk: rows
+    that go through the network at once; it changes nothing else. rank: of the network's blocks. lam: first value of each module's. share:
+    first length of the differences, as a share of the module's outputs. The rest: `_meta.Settings`."""
 
     spreads: ClassVar[bool] = True
 
