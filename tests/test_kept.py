@@ -106,3 +106,15 @@ def test_few_rows_are_kept_as_they_are(tiny_gpt2: Host, book: Book) -> None:
     less = book.edit(tiny_gpt2, EXAMPLES[1:3])
     assert book.taken == [2]
     assert apart(less, book.edit(tiny_gpt2, EXAMPLES[1:3], afresh=True)) == 0.0
+
+
+def test_an_example_of_any_text_goes_as_it_came(host: Host, book: Book) -> None:
+    """Its line is cut at nothing that may stand in a prompt, and it is parsed again when it goes."""
+    odd = tuple(
+        Example(prompt=f"Town {i} lies{between}in the land of", target=" Port Louis", subject=f"Town {i}")
+        for i, between in enumerate(("\n", "\r\n", "\u2028", "\x1c", ' "\\" ', " é "))
+    )
+    book.edit(host, (*EXAMPLES, *odd))
+    less = book.edit(host, EXAMPLES)
+    assert book.taken == [len(odd)]
+    assert apart(less, book.edit(host, EXAMPLES, afresh=True)) < ROUNDING

@@ -424,7 +424,7 @@ class Ledger:
     def put_aside(self, state: State, name: str | None = None) -> None:
         """Keep what may be made again: what a long preparation has so far, the sums of the last build. It takes the place of what was put
         aside under that name (the method's, if none is given) before. Raises WrongBase, LedgerError."""
-        self._check_base(f"State {state.id}", state.host)
+        self._check_base(f"What {state.method} puts aside", state.host)  # to find its id is to read it all
         raw = _state_bytes(state)
         write_whole(self._aside(name or state.method), hashlib.sha256(raw).digest() + raw)
 

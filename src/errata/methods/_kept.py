@@ -2,15 +2,18 @@
 
     H, B  +  those of the new examples  -  those of the examples that went            for each module, under one prior (`_normal.py`)
 
-What is kept is a State of a few matrices and its examples: it does not grow with them as their rows would. The rows of an
-example that went are taken again, on the base, where they are what they were. While the rows are few, and a patch is made of them in
+What is kept is a State of a few matrices and its examples: it does not grow with them as their rows would. Each example is a line of text
+there, which is parsed if it goes and made if it is new: thousands of others cost no more than to copy them. The rows of an example that
+went are taken again, on the base, where they are what they were. While the rows are few, and a patch is made of them in
 factors, they are kept as they are; if an example goes then, those of the others are taken anew.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,7 +21,7 @@ from errata.hosts import Host
 from errata.methods import _gradients, _normal
 from errata.methods._gradients import Pairs
 from errata.methods._normal import Prior, Sums
-from errata.types import Example, Run, State, canonical_json, digest, here
+from errata.types import Example, Run, State, canonical_json, digest, here, tensor_bytes
 
 Take = Callable[[Host, tuple[Example, ...]], Pairs]
 Read = Callable[[Host, Pairs], Mapping[str, tuple[Float[Tensor, "N K"], Float[Tensor, "N V"]]]]  # {module: (keys, differences)}
@@ -41,7 +44,7 @@ class Summing:
 
 def about(host: Host, method: str, *rest: Any) -> str:
     """What sums are of, besides their examples: others cannot be added to them."""
-    return digest("sums by id", host.id, method, canonical_json(list(rest)))
+    return digest("sums by line", host.id, method, canonical_json(list(rest)))
 
 
 def of_rows(host: Host, parts: Iterable[Pairs], priors: Mapping[str, Prior], read: Read) -> dict[str, Sums]:
@@ -83,12 +86,12 @@ def of_examples(host: Host, method: str, about: str, examples: tuple[Example, ..
 
     `run.keep` gets what they have become.
     """
-    there: dict[str, dict[str, Any]] = {}
+    there: dict[str, str] = {}
     sums: dict[str, Sums] = {}
     if run.sums is not None and run.sums.config.get("about") == about:
-        there = run.sums.config["examples"]
+        there = _lines(run.sums.tensors["examples"])
     wanted = {e.id: e for e in examples}
-    gone = [Example(**raw) for id, raw in there.items() if id not in wanted]
+    gone = [Example(**json.loads(line)) for id, line in there.items() if id not in wanted]
     if there and run.sums is not None and (not gone or (2 * len(gone) <= len(there) and _folded(run.sums))):
         sums = _of_state(host, run.sums, summing.priors)
     else:
@@ -99,20 +102,31 @@ def of_examples(host: Host, method: str, about: str, examples: tuple[Example, ..
         for module, (keys_NK, d_NV) in summing.read(host, summing.take(host, part)).items():
             sums[module] = _normal.without(sums[module], keys_NK, d_NV)
     if new or gone:
-        run.keep(_state(host, method, about, tuple(wanted.values()), sums))
+        lines = {id: there[id] if id in there else canonical_json(e.as_dict()) for id, e in wanted.items()}
+        run.keep(_state(host, method, about, lines, sums))
     return sums
 
 
-def _state(host: Host, method: str, about: str, examples: Iterable[Example], sums: Mapping[str, Sums]) -> State:
-    tensors: dict[str, Tensor] = {}
+def _state(host: Host, method: str, about: str, lines: Mapping[str, str], sums: Mapping[str, Sums]) -> State:
+    tensors = {"examples": _bytes(lines)}
     for module, total in sums.items():
         both, names = (total.rows, "XD") if total.folded is None else (total.folded, "HB")
         assert both is not None, "sums have their rows or what these come to"
         tensors |= {f"{module}/{name}": part.cpu() for name, part in zip(names, both, strict=True)}
-    counts = {module: total.n for module, total in sums.items()}
-    # by id, for to find thousands of ids anew takes longer than to read one more example
-    config = {"about": about, "rows": counts, "examples": {e.id: e.as_dict() for e in sorted(examples, key=lambda e: e.id)}}
+    config = {"about": about, "rows": {module: total.n for module, total in sums.items()}}
     return State(method=method, host=host.id, config=config, tensors=tensors)
+
+
+def _bytes(lines: Mapping[str, str]) -> Tensor:
+    """Examples as canonical JSON, by id, as bytes: a line for each."""
+    raw = "\n".join(f"{id} {line}" for id, line in sorted(lines.items())).encode()
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+
+
+def _lines(raw: Tensor) -> dict[str, str]:
+    """The inverse of `_bytes`."""
+    text = tensor_bytes(raw).decode()
+    return {id: line for id, _, line in (row.partition(" ") for row in text.split("\n") if row)}
 
 
 def _folded(state: State) -> bool:
