@@ -912,7 +912,7 @@ def test_steps_that_were_dropped_are_counted_while_it_learns(
     monkeypatch.setattr(_meta.Merging, "graded", broken)
     done = place("prepare", "malmen", *LEARN, "--cases", training, "--reference", reference)
     told = " ".join(done.err.split())
-    assert done.status == 0 and "of step 0. Dropped so far: 2." in told, told
+    assert done.status == 0 and "of step 0. Steps dropped so far: 2." in told, told
     assert "4 of 4 steps dropped: a gradient was not finite." in told
 
 

@@ -66,7 +66,7 @@ def prepare(
                 best, dropped = told["best_loss"], told["dropped"]
                 out.note(
                     f"Step {told['step']}: the best loss on held-back cases is {best and round(best, 4)}, of step {told['best_step']}."
-                    + (f" Dropped so far: {dropped}." if dropped else "")
+                    + (f" Steps dropped so far: {dropped}." if dropped else "")
                 )
 
         with out.busy("Reading the text that holds still"):

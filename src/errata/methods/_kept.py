@@ -4,8 +4,8 @@
 
 What is kept is a State of a few matrices and its examples: it does not grow with them as their rows would. Each example is a line of text
 there, which is parsed if it goes and made if it is new: thousands of others cost no more than to copy them. The rows of an example that
-went are taken again, on the base, where they are what they were. While the rows are few, and a patch is made of them in
-factors, they are kept as they are; if an example goes then, those of the others are taken anew.
+went are taken again, on the base, where they are what they were. While the rows are few, and a patch is made of them in factors, they
+are kept as they are; if an example goes then, those of the others are taken anew.
 """
 
 import json
